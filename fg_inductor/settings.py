@@ -1,0 +1,151 @@
+"""Every option of the backend: ``torch.compile(model, backend="fgattn", options={"fgattn.<name>": value})``."""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+from fg_inductor.kernels.mask import GROUPS, SLICES
+from fg_inductor.kernels.ops import POOLS, TAILS
+
+PREFIX = "fgattn."
+MASKS = ("pooled", "dense")
+KERNELS = ("auto", "portable")
+INNERS = ("inductor", "aot_eager", "eager")
+WHENS = ("faster", "always")
+
+
+def _one_of(*allowed):
+    def check(value):
+        if value not in allowed or isinstance(value, bool):
+            near = difflib.get_close_matches(str(value), map(str, allowed), 1)
+            return f"must be one of {', '.join(map(repr, allowed))}" + (f"; did you mean {near[0]!r}?" if near else "")
+
+    return check
+
+
+def _slice(value):
+    m, _, n = value.partition("x") if isinstance(value, str) else ("", "", "")
+    if not (m.isdigit() and n.isdigit() and int(m) in SLICES and int(n) in GROUPS):
+        return f"must be 'MxN', M queries in {SLICES} by N keys in {GROUPS}, such as '128x8'"
+
+
+def _fraction(optional=False, zero=False):
+    def check(value):
+        if optional and value is None:
+            return None
+        number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if not number or not (0 <= value <= 1) or (value == 0 and not zero):
+            return f"must be a number in {'[' if zero else '('}0, 1]" + (" or None" if optional else "")
+
+    return check
+
+
+def _flag(value):
+    if not isinstance(value, bool):
+        return "must be True or False"
+
+
+def _length(value):
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        return "must be a number of tokens, 0 or more"
+
+
+def _grid(value):
+    whole = isinstance(value, (tuple, list)) and all(isinstance(x, int) and x > 0 for x in value)
+    if value is not None and value != "auto" and not (whole and len(value) == 3):
+        return "must be (T, H, W), the tokens of the video in time, height and width; 'auto'; or None"
+
+
+def _only(allowed, why):
+    def check(value):
+        if value != allowed:
+            return f"must be {allowed!r}: {why}"
+
+    return check
+
+
+def _option(default, check, text):
+    return dataclasses.field(default=default, metadata={"check": check, "text": text})
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The options, validated. ``Settings.parse`` makes one from the user's dict."""
+
+    mask: str = _option("pooled", _one_of(*MASKS), "selector that makes the mask: 'pooled' (at run time) or 'dense'")
+    slice: str = _option("128x8", _slice, "M queries by N keys that are kept or dropped together")
+    top_p: float = _option(0.9, _fraction(), "share of the estimated attention mass to keep, in (0, 1]")
+    density: float | None = _option(
+        None, _fraction(optional=True), "fixed share of key groups to keep, instead of top_p"
+    )
+    max_density: float = _option(1.0, _fraction(), "bound on the share of key groups that top_p keeps")
+    pool: int = _option(16, _one_of(*POOLS), "queries in one mean of the pooled score")
+    tail: str = _option(
+        "none", _one_of(*TAILS), "dropped keys: 'none', or 'pooled' (one summary key for each 128 keys)"
+    )
+    token_grid: Any = _option("auto", _grid, "(T, H, W) of the video tokens, 'auto' (read off the graph), or None")
+    min_seq: int = _option(4096, _length, "tokens; sites with fewer queries or keys stay dense")
+    dense_first: float = _option(
+        0.0, _only(0.0, "steps are not counted yet"), "share of denoising steps attended densely"
+    )
+    refresh: str = _option(
+        "every 8", _only("every 8", "masks are made anew at every step"), "when observed masks are remade"
+    )
+    when: str = _option(
+        "faster",
+        _one_of(*WHENS),
+        "'faster': where a gain is expected (everywhere on an uncalibrated card); or 'always'",
+    )
+    sites: None = _option(
+        None, _only(None, "settings by site are not read yet"), "a calibration file with settings by site"
+    )
+    kernel: str = _option("auto", _one_of(*KERNELS), "force a kernel: 'auto' or 'portable'")
+    strict: bool = _option(False, _flag, "raise where a video site cannot be rewritten, instead of leaving it dense")
+    stats: bool = _option(False, _flag, "measure the kept density of each site (costs a pass over the mask)")
+    quiet: bool = _option(False, _flag, "do not print the line at the first compile")
+    inner: str = _option("inductor", _one_of(*INNERS), "what compiles the rewritten graph")
+
+    @classmethod
+    def parse(cls, options: dict[str, Any]) -> "Settings":
+        """Settings from ``{"fgattn.<name>": value}``.
+
+        Raises ValueError for an unknown name or a value out of range; the message names the nearest valid name.
+        """
+        fields = {f.name: f for f in dataclasses.fields(cls)}
+        values = {}
+        for key, value in options.items():
+            name = key.removeprefix(PREFIX)
+            if name not in fields:
+                near = difflib.get_close_matches(name, fields, 1)
+                hint = f"did you mean {PREFIX + near[0]!r}?" if near else f"the options are {', '.join(fields)}."
+                raise ValueError(f"fgattn: unknown option {key!r}; {hint}")
+            if wrong := fields[name].metadata["check"](value):
+                raise ValueError(f"fgattn: option {key!r} {wrong}; got {value!r}.")
+            default = fields[name].default
+            values[name] = (
+                float(value) if isinstance(default, float) or name == "density" and value is not None else value
+            )
+        if isinstance(values.get("token_grid"), list):
+            values["token_grid"] = tuple(values["token_grid"])
+        return cls(**values)
+
+    @property
+    def m(self) -> int:
+        """Queries in a slice."""
+        return int(self.slice.partition("x")[0])
+
+    @property
+    def n(self) -> int:
+        """Keys in a group."""
+        return int(self.slice.partition("x")[2])
+
+    def changed(self) -> dict[str, Any]:
+        """The options that are not at their defaults."""
+        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+
+
+def options_table() -> str:
+    """The options as a Markdown table: name, default, meaning."""
+    rows = [f"| `fgattn.{f.name}` | `{f.default!r}` | {f.metadata['text']} |" for f in dataclasses.fields(Settings)]
+    return "\n".join(["| option | default | meaning |", "| --- | --- | --- |", *rows])
