@@ -24,6 +24,7 @@ SCHEMAS = {
     "str tail, SymInt min_seq) -> (Tensor out, Tensor lse)",
     "attention_backward": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor mask, "
     "Tensor? key_bias, Tensor? order, float scale, int m, int n, str tail, SymInt min_seq) -> (Tensor dq, Tensor dk, Tensor dv)",
+    "query_order": "(SymInt t, SymInt h, SymInt w, SymInt before, SymInt after, int m, Device device) -> Tensor",
     "kept_density": "(Tensor mask, Tensor? key_bias, SymInt queries, SymInt keys, int m, int n) -> Tensor",
 }
 for _name, _schema in SCHEMAS.items():
@@ -239,6 +240,28 @@ torch.library.register_autograd("fgattn::attention", _attention_grad, setup_cont
 torch.library.register_autograd("fgattn::attention_backward", _no_double_backward)
 
 
+# query_order
+
+
+@torch.library.register_fake("fgattn::query_order")
+def _query_order_fake(t, h, w, before, after, m, device):
+    _require(m in SLICES, "query_order", f"m={m} queries a slice; choose one of {SLICES}.")
+    return torch.empty(before + t * h * w + after, dtype=torch.int32, device=device)
+
+
+def _query_order(t, h, w, before, after, m, device):
+    _require(m in SLICES, "query_order", f"m={m} queries a slice; choose one of {SLICES}.")
+    _require(
+        min(t, h, w) > 0 and min(before, after) >= 0,
+        "query_order",
+        f"token grid {(t, h, w)} with {before} tokens before and {after} after; sizes must be positive.",
+    )
+    return reference.query_order(t, h, w, before, after, m, device)
+
+
+torch.library.impl("fgattn::query_order", "CompositeExplicitAutograd", _query_order)
+
+
 # kept_density
 
 
@@ -276,4 +299,5 @@ for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
 
 select_pooled = torch.ops.fgattn.select_pooled.default
 attention = torch.ops.fgattn.attention.default
+query_order = torch.ops.fgattn.query_order.default
 kept_density = torch.ops.fgattn.kept_density.default
