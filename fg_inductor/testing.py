@@ -1,7 +1,7 @@
 """Test utilities: the error budget, awkward inputs, and the table of cases that every attention kernel must pass.
 
-Nothing here calls ``kernels.reference``: ``reference_result`` computes attention in an independent, dense way, so that the
-reference is tested against it like any kernel.
+Nothing here calls ``kernels.reference``: ``reference_result`` computes attention in an independent, dense way, so that
+the reference is tested against it like any kernel.
 
     @pytest.mark.parametrize("case", CASES, ids=str)
     def test_kernel(case):
@@ -90,8 +90,9 @@ def assert_l2_as_accurate(actual: Tensor, plain: Tensor, exact: Tensor, label: s
     if error > 2 * plain_error + eps:
         at = tuple(x.item() for x in torch.unravel_index((actual64 - exact64).abs().argmax(), exact64.shape))
         raise AssertionError(
-            f"{label}: relative L2 error {error:.3e} exceeds the budget {2 * plain_error + eps:.3e} (plain PyTorch has "
-            f"{plain_error:.3e}); the worst element is {at}: got {actual64[at].item():.6g}, exact {exact64[at].item():.6g}"
+            f"{label}: relative L2 error {error:.3e} exceeds the budget {2 * plain_error + eps:.3e} (plain PyTorch "
+            f"has {plain_error:.3e}); the worst element is {at}: got {actual64[at].item():.6g}, "
+            f"exact {exact64[at].item():.6g}"
         )
 
 
@@ -295,7 +296,7 @@ CASES = (
 
 
 def make_key_bias(kind: str | None, batch: int, keys: int, dtype: torch.dtype, seed: int = 0) -> Tensor | None:
-    """key_bias [B, Sk] of a ``Case``: the last fifth is padding, and in the last entry the second block of 128 as well."""
+    """key_bias [B, Sk] of a ``Case``: the last fifth is padding, in the last entry the second block of 128 as well."""
     if kind is None:
         return None
     masked = torch.zeros(batch, keys, dtype=torch.bool)
@@ -357,8 +358,8 @@ def dense_problem(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, key_bias: Tensor | None, order: Tensor | None,
     m: int, n: int, tail: str, dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """The same attention as an ordinary dense one: q, k, v in ``dtype``, k and v with Hq heads and with the summary keys
-    of the tail appended, and a float64 bias [B, Hq, Sq, Sk + blocks]. Differentiable in q, k and v."""
+    """The same attention as an ordinary dense one: q, k, v in ``dtype``, k and v with Hq heads and with the summary
+    keys of the tail appended, and a float64 bias [B, Hq, Sq, Sk + blocks]. Differentiable in q, k and v."""
     queries, keys, share = q.shape[2], k.shape[2], q.shape[1] // k.shape[1]
     shift = torch.zeros(q.shape[0], keys, dtype=torch.float64, device=q.device)
     if key_bias is not None:
