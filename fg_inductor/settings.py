@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import numbers
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,58 +16,79 @@ INNERS = ("inductor", "aot_eager", "eager")
 WHENS = ("faster", "always")
 
 
-def _one_of(*allowed):
-    def check(value):
-        if value not in allowed or isinstance(value, bool):
-            near = difflib.get_close_matches(str(value), map(str, allowed), 1)
-            return f"must be one of {', '.join(map(repr, allowed))}" + (f"; did you mean {near[0]!r}?" if near else "")
+# Each option has a reader: it returns the value in its own type, or raises ValueError that begins with "must be".
 
-    return check
+
+def _whole(value) -> int | None:
+    """The value as an int, numpy's included; None for anything else, bool too."""
+    return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
+
+
+def _one_of(*allowed):
+    def read(value):
+        if isinstance(allowed[0], int):
+            value = value if _whole(value) is None else _whole(value)
+        # By type too: True is not 1.
+        if not any(type(value) is type(a) and value == a for a in allowed):
+            near = difflib.get_close_matches(str(value), map(str, allowed), 1)
+            hint = f"; did you mean {near[0]!r}?" if near and isinstance(value, str) else ""
+            raise ValueError(f"must be one of {', '.join(map(repr, allowed))}{hint}")
+        return value
+
+    return read
 
 
 def _slice(value):
     m, _, n = value.partition("x") if isinstance(value, str) else ("", "", "")
-    if not (m.isdigit() and n.isdigit() and int(m) in SLICES and int(n) in GROUPS):
-        return f"must be 'MxN', M queries in {SLICES} by N keys in {GROUPS}, such as '128x8'"
+    if not (m.isdecimal() and n.isdecimal() and int(m) in SLICES and int(n) in GROUPS):
+        raise ValueError(f"must be 'MxN', M queries in {SLICES} by N keys in {GROUPS}, such as '128x8'")
+    return f"{int(m)}x{int(n)}"
 
 
-def _fraction(optional=False, zero=False):
-    def check(value):
+def _fraction(optional=False):
+    def read(value):
         if optional and value is None:
             return None
-        number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not number or not (0 <= value <= 1) or (value == 0 and not zero):
-            return f"must be a number in {'[' if zero else '('}0, 1]" + (" or None" if optional else "")
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value <= 1:
+            raise ValueError("must be a number in (0, 1]" + (" or None" if optional else ""))
+        return float(value)
 
-    return check
+    return read
 
 
 def _flag(value):
     if not isinstance(value, bool):
-        return "must be True or False"
+        raise ValueError("must be True or False")
+    return value
 
 
 def _length(value):
-    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-        return "must be a number of tokens, 0 or more"
+    tokens = _whole(value)
+    if tokens is None or tokens < 0:
+        raise ValueError("must be a number of tokens, 0 or more")
+    return tokens
 
 
 def _grid(value):
-    whole = isinstance(value, (tuple, list)) and all(isinstance(x, int) and x > 0 for x in value)
-    if value is not None and value != "auto" and not (whole and len(value) == 3):
-        return "must be (T, H, W), the tokens of the video in time, height and width; 'auto'; or None"
+    if value is None or (isinstance(value, str) and value == "auto"):
+        return value
+    sides = tuple(map(_whole, value)) if isinstance(value, (tuple, list)) else ()
+    if len(sides) != 3 or any(x is None or x < 1 for x in sides):
+        raise ValueError("must be (T, H, W), the tokens of the video in time, height and width; 'auto'; or None")
+    return sides
 
 
 def _only(allowed, why):
-    def check(value):
-        if value != allowed:
-            return f"must be {allowed!r}: {why}"
+    def read(value):
+        if isinstance(value, bool) or value != allowed:
+            raise ValueError(f"must be {allowed!r}: {why}")
+        return allowed
 
-    return check
+    return read
 
 
-def _option(default, check, text):
-    return dataclasses.field(default=default, metadata={"check": check, "text": text})
+def _option(default, read, text):
+    return dataclasses.field(default=default, metadata={"read": read, "text": text})
 
 
 @dataclass(frozen=True)
@@ -84,7 +106,9 @@ class Settings:
     tail: str = _option(
         "none", _one_of(*TAILS), "dropped keys: 'none', or 'pooled' (one summary key for each 128 keys)"
     )
-    token_grid: Any = _option("auto", _grid, "(T, H, W) of the video tokens, 'auto' (read off the graph), or None")
+    token_grid: tuple[int, int, int] | str | None = _option(
+        "auto", _grid, "(T, H, W) of the video tokens, 'auto' (read off the graph), or None"
+    )
     min_seq: int = _option(4096, _length, "tokens; sites with fewer queries or keys stay dense")
     dense_first: float = _option(
         0.0, _only(0.0, "steps are not counted yet"), "share of denoising steps attended densely"
@@ -120,14 +144,10 @@ class Settings:
                 near = difflib.get_close_matches(name, fields, 1)
                 hint = f"did you mean {PREFIX + near[0]!r}?" if near else f"the options are {', '.join(fields)}."
                 raise ValueError(f"fgattn: unknown option {key!r}; {hint}")
-            if wrong := fields[name].metadata["check"](value):
-                raise ValueError(f"fgattn: option {key!r} {wrong}; got {value!r}.")
-            default = fields[name].default
-            values[name] = (
-                float(value) if isinstance(default, float) or name == "density" and value is not None else value
-            )
-        if isinstance(values.get("token_grid"), list):
-            values["token_grid"] = tuple(values["token_grid"])
+            try:
+                values[name] = fields[name].metadata["read"](value)
+            except ValueError as error:
+                raise ValueError(f"fgattn: option {key!r} {error}; got {value!r}.") from None
         return cls(**values)
 
     @property

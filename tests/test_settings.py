@@ -1,0 +1,82 @@
+"""Options: what is accepted, in which type, and what a refusal says."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from fg_inductor.settings import Settings, options_table
+
+ACCEPTED = [
+    ("density", 1, 1.0),
+    ("density", None, None),
+    ("density", np.float32(0.25), 0.25),
+    ("top_p", 0.5, 0.5),
+    ("pool", np.int64(32), 32),
+    ("min_seq", 0, 0),
+    ("min_seq", np.int32(128), 128),
+    ("slice", "64x1", "64x1"),
+    ("token_grid", [2, np.int64(3), 4], (2, 3, 4)),
+    ("token_grid", None, None),
+    ("dense_first", 0, 0.0),
+    ("tail", "pooled", "pooled"),
+    ("strict", True, True),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "stored"), ACCEPTED, ids=[f"{n}={v}" for n, v, _ in ACCEPTED])
+def test_accepts(name, value, stored):
+    settings = Settings.parse({f"fgattn.{name}": value})
+    assert getattr(settings, name) == stored
+    assert type(getattr(settings, name)) is type(stored)
+    assert hash(settings) == hash(dataclasses.replace(Settings(), **{name: stored}))
+
+
+REFUSED = [
+    ("fgattn.dentisy", 0.2, "unknown option 'fgattn.dentisy'; did you mean 'fgattn.density'?"),
+    ("fgattn.zzz", 1, "unknown option 'fgattn.zzz'; the options are mask, slice"),
+    ("fgattn.density", 0, "'fgattn.density' must be a number in (0, 1] or None; got 0."),
+    ("fgattn.density", float("nan"), "must be a number in (0, 1] or None; got nan"),
+    ("fgattn.density", True, "must be a number in (0, 1] or None; got True"),
+    ("fgattn.density", "0.2", "must be a number in (0, 1] or None; got '0.2'"),
+    ("fgattn.top_p", None, "must be a number in (0, 1]; got None"),
+    ("fgattn.top_p", 1.5, "must be a number in (0, 1]; got 1.5"),
+    ("fgattn.slice", "128x7", "such as '128x8'; got '128x7'"),
+    ("fgattn.slice", "²x8", "such as '128x8'; got '²x8'"),
+    ("fgattn.slice", (128, 8), "such as '128x8'; got (128, 8)"),
+    ("fgattn.pool", 12, "must be one of 8, 16, 32, 64, 128; got 12."),
+    ("fgattn.pool", 16.0, "must be one of 8, 16, 32, 64, 128; got 16.0."),
+    ("fgattn.tail", "poled", "did you mean 'pooled'?; got 'poled'"),
+    ("fgattn.inner", None, "must be one of 'inductor', 'aot_eager', 'eager'; got None"),
+    ("fgattn.min_seq", True, "must be a number of tokens, 0 or more; got True"),
+    ("fgattn.min_seq", -1, "must be a number of tokens, 0 or more; got -1"),
+    ("fgattn.token_grid", (1, 2), "must be (T, H, W)"),
+    ("fgattn.token_grid", (True, 2, 3), "must be (T, H, W)"),
+    ("fgattn.token_grid", "atuo", "must be (T, H, W)"),
+    ("fgattn.strict", 1, "must be True or False; got 1"),
+    ("fgattn.dense_first", 0.1, "must be 0.0: steps are not counted yet; got 0.1"),
+]
+
+
+@pytest.mark.parametrize(("key", "value", "message"), REFUSED, ids=[f"{k}={v}" for k, v, _ in REFUSED])
+def test_refuses(key, value, message):
+    with pytest.raises(ValueError) as error:
+        Settings.parse({key: value})
+    assert str(error.value).startswith("fgattn: ")
+    assert message in str(error.value)
+
+
+def test_defaults_pass_their_own_checks():
+    defaults = {f"fgattn.{f.name}": f.default for f in dataclasses.fields(Settings)}
+    assert Settings.parse(defaults) == Settings()
+
+
+def test_changed_holds_only_what_differs():
+    settings = Settings.parse({"fgattn.slice": "64x16", "fgattn.density": 0.5, "fgattn.pool": 16})
+    assert settings.changed() == {"slice": "64x16", "density": 0.5}
+    assert (settings.m, settings.n) == (64, 16)
+
+
+def test_every_option_is_in_the_table():
+    table = options_table()
+    assert all(f"| `fgattn.{f.name}` | `{f.default!r}` | " in table for f in dataclasses.fields(Settings))
