@@ -1,0 +1,70 @@
+"""Fixtures of every test, and two guards: the repository root stays off sys.path, and no test leaves global state."""
+
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fg_inductor import testing
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def pytest_sessionstart(session):
+    for name in ("kernels", "passes"):
+        spec = importlib.util.find_spec(name)
+        places = [] if spec is None else [spec.origin, *(spec.submodule_search_locations or ())]
+        if any(Path(place).resolve().is_relative_to(ROOT) for place in places if place):
+            raise pytest.UsageError(
+                f"`import {name}` finds {ROOT / name}: the repository root is on sys.path, where it hides packages of "
+                "that name. Run plain `pytest` or `python -P -m pytest`; unset PYTHONPATH if it names the root."
+            )
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA device")
+
+
+@pytest.fixture
+def device() -> str:
+    """ "cuda" where there is one, for tests marked gpu; else "cpu"."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.fixture
+def poison():
+    """Uninitialised memory is NaN or garbage during the test, so that an output left unwritten shows."""
+    with testing.poison():
+        yield
+
+
+def _global_state() -> dict:
+    return {
+        "torch.get_default_dtype()": torch.get_default_dtype(),
+        "torch.get_default_device()": torch.get_default_device(),
+        "torch.is_grad_enabled()": torch.is_grad_enabled(),
+        "torch.is_inference_mode_enabled()": torch.is_inference_mode_enabled(),
+        "torch.is_autocast_enabled('cpu')": torch.is_autocast_enabled("cpu"),
+        "torch.is_autocast_enabled('cuda')": torch.is_autocast_enabled("cuda"),
+        "torch.are_deterministic_algorithms_enabled()": torch.are_deterministic_algorithms_enabled(),
+        "torch.get_float32_matmul_precision()": torch.get_float32_matmul_precision(),
+        "torch.get_num_threads()": torch.get_num_threads(),
+        "torch.empty": torch.empty,
+        "torch.nn.functional.scaled_dot_product_attention": torch.nn.functional.scaled_dot_product_attention,
+    }
+
+
+@pytest.fixture(autouse=True)
+def _isolated():
+    """Each test starts from seed 0 and without compiled code, and must leave torch's global switches as they were."""
+    torch.manual_seed(0)
+    before = _global_state()
+    yield
+    if "torch._dynamo" in sys.modules:
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+    changed = [f"{name}: {before[name]} -> {value}" for name, value in _global_state().items() if value != before[name]]
+    assert not changed, "the test left global state behind: " + "; ".join(changed)
