@@ -1,0 +1,206 @@
+"""Attention over the kept keys of each query slice, forward (portable Triton).
+
+    out[i] = softmax over kept keys j of (scale * q[i] . k[j] + bias[j]) @ v        for every query i of a slice
+
+q, out     [B, Hq, Sq, D]    k, v [B, Hkv, Sk, D]    any strides, contiguous last dimension; out has BSHD storage
+lists      [B, H, T, G]      int32, ascending ids of the kept groups (``column_lists``), counts [B, H, T]
+bias       [B, Sk]           float32, -inf where a key is masked, or None
+order      [Sq]              int32: row i of query order is token order[i]; out and lse are in token order; or None
+tail_k, v  [B, Hkv, J, D]    summaries of the 128-key blocks, tail_bias [B, H, T, J] (base 2, -inf where nothing dropped)
+lse        [B, Hq, Sq]       float32, natural log
+Grid       (T, heads of a chunk, B)
+
+One program owns one slice and walks its list, BLOCK_N gathered keys at a time: first the full tiles, then one masked
+tile, then the summaries. The softmax state is float32 and in base 2. Lists are made for as many heads at once as fit
+LIST_BYTES, so the workspace does not grow with the number of heads. Meaning: ``reference.attention``. Numbers:
+``python -m fg_inductor bench attention``.
+"""
+
+import math
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fg_inductor.kernels import column_lists, group_means
+from fg_inductor.kernels.mask import group_count
+from fg_inductor.kernels.reference import SUMMARY, normalise_key_bias
+
+LIST_BYTES = 1 << 30
+LOG2_E = math.log2(math.e)
+
+
+@triton.jit
+def _update(q, kt, v, shift, keep, m_i, l_i, acc, qk_scale, PRECISION: tl.constexpr, MASKED: tl.constexpr):
+    """Online softmax over one tile of keys: kt [D, BLOCK_N], v [BLOCK_N, D], shift and keep [BLOCK_N]."""
+    s = tl.dot(q, kt, input_precision=PRECISION) * qk_scale + shift[None, :]  # [M, BLOCK_N]
+    if MASKED:
+        s = tl.where(keep[None, :], s, float("-inf"))
+    m_new = tl.maximum(m_i, tl.max(s, 1))
+    # A row whose scores are all -inf so far must not become -inf - -inf.
+    m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
+    p = tl.exp2(s - m_safe[:, None])
+    alpha = tl.exp2(m_i - m_safe)
+    l_i = l_i * alpha + tl.sum(p, 1)
+    acc = tl.dot(p.to(v.dtype), v, acc * alpha[:, None], input_precision=PRECISION)
+    return m_new, l_i, acc
+
+
+@triton.jit
+def _load_tile(k_ptr, v_ptr, key, stride_ks, stride_vs, D: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr):
+    if WIDE:  # a key's offset may exceed 2**31 elements
+        key = key.to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)
+    k_ptrs = k_ptr + key[None, :] * stride_ks + offs_d[:, None]
+    v_ptrs = v_ptr + key[:, None] * stride_vs + offs_d[None, :]
+    if D == BLOCK_D:
+        return tl.load(k_ptrs), tl.load(v_ptrs)
+    inside = offs_d < D
+    return tl.load(k_ptrs, mask=inside[:, None], other=0.0), tl.load(v_ptrs, mask=inside[None, :], other=0.0)
+
+
+@triton.jit
+def _attention_fwd(
+    q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
+    lists_ptr, counts_ptr, bias_ptr, order_ptr, tail_k_ptr, tail_v_ptr, tail_bias_ptr,
+    stride_qb, stride_qh, stride_qs,
+    stride_kb, stride_kh, stride_ks,
+    stride_vb, stride_vh, stride_vs,
+    stride_ob, stride_oh, stride_os,
+    stride_bb,
+    first_head, Hq, SHARE, Sq, Sk, T, G, J, qk_scale,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_ORDER: tl.constexpr, TAIL: tl.constexpr, WIDE: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    t = tl.program_id(0)
+    h = first_head + tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    h_kv = (h // SHARE).to(tl.int64)
+    slice_index = (b * tl.num_programs(1) + tl.program_id(1)) * T + t
+
+    row = t * M + tl.arange(0, M)
+    inside = row < Sq
+    token = row
+    if HAS_ORDER:
+        token = tl.load(order_ptr + row, mask=inside, other=0)
+    token = token.to(tl.int64)
+    offs_d = tl.arange(0, BLOCK_D)
+    offs_n = tl.arange(0, BLOCK_N)
+    q_ptrs = q_ptr + b * stride_qb + h.to(tl.int64) * stride_qh + token[:, None] * stride_qs + offs_d[None, :]
+    q = tl.load(q_ptrs, mask=inside[:, None] & (offs_d < D)[None, :], other=0.0)  # [M, BLOCK_D]
+    k_ptr += b * stride_kb + h_kv * stride_kh
+    v_ptr += b * stride_vb + h_kv * stride_vh
+    list_ptr = lists_ptr + slice_index * G
+    if HAS_BIAS:
+        bias_ptr += b * stride_bb
+
+    count = tl.load(counts_ptr + slice_index)
+    last = tl.load(list_ptr + count - 1, mask=count > 0, other=0)
+    keys = count * N
+    if last == G - 1:
+        keys -= tl.where(count > 0, G * N - Sk, 0)  # the last group may be ragged
+    full = keys // BLOCK_N * BLOCK_N
+
+    m_i = tl.full([M], float("-inf"), tl.float32)
+    l_i = tl.zeros([M], tl.float32)
+    acc = tl.zeros([M, BLOCK_D], tl.float32)
+    shift = tl.zeros([BLOCK_N], tl.float32)
+    everything = offs_n >= 0
+
+    for start in tl.range(0, full, BLOCK_N, num_stages=STAGES):
+        place = start + offs_n
+        key = tl.load(list_ptr + place // N) * N + place % N  # [BLOCK_N]
+        kt, v = _load_tile(k_ptr, v_ptr, key, stride_ks, stride_vs, D, BLOCK_D, WIDE)
+        if HAS_BIAS:
+            shift = tl.load(bias_ptr + key) * LOG2_E
+        m_i, l_i, acc = _update(q, kt, v, shift, everything, m_i, l_i, acc, qk_scale, PRECISION, False)
+
+    if full < keys:
+        # Places past the end read the last kept key and take no part: 0 * v would be NaN where v is not finite.
+        used = full + offs_n < keys
+        place = tl.minimum(full + offs_n, keys - 1)
+        key = tl.load(list_ptr + place // N) * N + place % N
+        kt, v = _load_tile(k_ptr, v_ptr, key, stride_ks, stride_vs, D, BLOCK_D, WIDE)
+        v = tl.where(used[:, None], v, 0.0)
+        if HAS_BIAS:
+            shift = tl.load(bias_ptr + key) * LOG2_E
+        m_i, l_i, acc = _update(q, kt, v, shift, used, m_i, l_i, acc, qk_scale, PRECISION, True)
+
+    if TAIL:
+        tail_bias_ptr += slice_index * J
+        head = (b * (Hq // SHARE) + h_kv) * J * D
+        for start in tl.range(0, J, BLOCK_N, num_stages=STAGES):
+            block = start + offs_n
+            shift = tl.load(tail_bias_ptr + block, mask=block < J, other=float("-inf"))
+            clamped = tl.minimum(block, J - 1)
+            kt, v = _load_tile(tail_k_ptr + head, tail_v_ptr + head, clamped, D, D, D, BLOCK_D, False)
+            # A block of which nothing was dropped has no say, whatever its mean holds.
+            used = shift > float("-inf")
+            v = tl.where(used[:, None], v, 0.0)
+            shift = tl.where(used, shift, 0.0)
+            m_i, l_i, acc = _update(q, kt, v, shift, used, m_i, l_i, acc, qk_scale, PRECISION, True)
+
+    acc = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
+    lse = (m_i + tl.log2(l_i)) / LOG2_E
+    lse = tl.where(l_i == 0.0, float("-inf"), lse)
+    out_ptrs = out_ptr + b * stride_ob + h.to(tl.int64) * stride_oh + token[:, None] * stride_os + offs_d[None, :]
+    tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (offs_d < D)[None, :])
+    tl.store(lse_ptr + (b * Hq + h) * Sq + token, lse, mask=inside)
+
+
+def configuration(dtype: torch.dtype, d: int, m: int) -> dict:
+    """BLOCK_N, STAGES and num_warps, a fixed table: nothing is autotuned inside an operator."""
+    if dtype == torch.float32:
+        return {"BLOCK_N": 32, "STAGES": 1, "num_warps": 4}
+    if d > 128:
+        return {"BLOCK_N": 32, "STAGES": 2, "num_warps": 8 if m == 128 else 4}
+    return {"BLOCK_N": 64, "STAGES": 2, "num_warps": 4}
+
+
+def launch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor,
+    key_bias: Tensor | None,
+    order: Tensor | None,
+    scale: float,
+    m: int,
+    n: int,
+    tail: str,
+    **override,
+) -> tuple[Tensor, Tensor]:
+    """out [B, Hq, Sq, D] (BSHD storage) and lse; arguments as in ``kernels.ops``, ``override`` replaces table values."""
+    B, Hq, Sq, D = q.shape
+    Sk, T, G = k.shape[2], mask.shape[2], group_count(k.shape[2], n)
+    share = Hq // k.shape[1]
+    out = q.new_empty(B, Sq, Hq, D).transpose(1, 2)
+    lse = q.new_empty(B, Hq, Sq, dtype=torch.float32)
+    bias = normalise_key_bias(key_bias, torch.float32)
+    statistics = tail_k = tail_v = None
+    blocks = 0
+    if tail == "pooled":
+        blocks = group_count(Sk, SUMMARY)
+        statistics = column_lists.tail_statistics(bias, Sk, n, lse[:, 0])
+        tail_k, tail_v = (group_means.launch(x, SUMMARY, blocks, bias=bias) for x in (k, v))
+    config = {**configuration(q.dtype, D, m), **override}
+    heads = max(1, min(Hq, LIST_BYTES // (4 * B * T * G)))
+    for first in range(0, Hq, heads):
+        part = mask[:, first : first + heads]
+        lists, counts, tail_bias = column_lists.launch(part, G, n, statistics)
+        _attention_fwd[(T, part.shape[1], B)](
+            q, k, v, out, lse,
+            lists, counts, bias, order, tail_k, tail_v, tail_bias,
+            *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
+            0 if bias is None else bias.stride(0),
+            first, Hq, share, Sq, Sk, T, G, blocks, scale * LOG2_E,
+            D=D, BLOCK_D=triton.next_power_of_2(D), M=m, N=n,
+            HAS_BIAS=bias is not None, HAS_ORDER=order is not None, TAIL=tail == "pooled",
+            WIDE=max(k.stride(2), v.stride(2)) * Sk >= 1 << 31,
+            PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
+            **config,
+        )  # fmt: skip
+    return out, lse
