@@ -127,8 +127,8 @@ def select_pooled(
 ) -> Tensor:
     """The block mask [B, Hq, T, W] made from pooled queries and keys; ``kernels.ops`` documents the arguments.
 
-    Groups are ranked by score (ties: the lower index first), groups in ``dense_keys`` and groups with a NaN score before
-    all others. A slice keeps the shortest prefix that holds ``top_p`` of the mass, but no more than
+    Groups are ranked by score (ties: the lower index first), groups in ``dense_keys`` and groups with a NaN score
+    before all others. A slice keeps the shortest prefix that holds ``top_p`` of the mass, but no more than
     round(max_density * groups); or, with ``density``, the first round(density * groups). The first group and all groups
     ranked before the others are always kept; groups whose keys are all masked never are, and do not count.
     """
@@ -262,6 +262,8 @@ def attention_backward(
     rows = torch.arange(queries, device=q.device) if order is None else order.long()
     bias = normalise_key_bias(key_bias, acc)
     k_all, v_all = (x.to(acc).repeat_interleave(share, 1) for x in (k, v))
+    if bias is not None:  # a masked key may hold anything, and 0 * NaN would reach dq
+        k_all, v_all = (torch.where((bias != -math.inf)[:, None, :, None], x, 0) for x in (k_all, v_all))
     if tail == "pooled":
         tail_k, tail_v, count, tail_bias = pooled_tail(k_all, v_all, bias)
         k_all, v_all = torch.cat([k_all, tail_k], 2), torch.cat([v_all, tail_v], 2)

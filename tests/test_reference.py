@@ -1,0 +1,389 @@
+"""The specification against independent formulations: dense softmax, loops over Python numbers, autograd."""
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from fg_inductor.kernels import reference
+from fg_inductor.kernels.mask import GROUPS, SLICES, group_count, slice_count, unpack
+from fg_inductor.testing import (
+    CASES,
+    Case,
+    assert_as_accurate,
+    assert_l2_as_accurate,
+    dense_mask,
+    make_key_bias,
+    make_qkv,
+    random_mask,
+    reference_gradients,
+    reference_result,
+)
+
+pytestmark = pytest.mark.usefixtures("poison")
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def _dtypes(*names):
+    return pytest.mark.parametrize("dtype", [DTYPES[name] for name in names], ids=names)
+
+
+def _cases(*ids):
+    return pytest.mark.parametrize("case", [case for case in CASES if case.id in ids or not ids], ids=str)
+
+
+def test_table_has_every_slice_and_group():
+    assert {case.m for case in CASES} == set(SLICES)
+    assert {case.n for case in CASES} == set(GROUPS)
+
+
+# attention
+
+
+@_dtypes("fp32", "bf16", "fp16")
+@_cases()
+def test_attention(case, dtype):
+    expected = reference_result(case, dtype)
+    out, lse = reference.attention(*expected.arguments)
+    assert_as_accurate(out, expected.plain_out, expected.exact_out, "out")
+    assert_as_accurate(lse, expected.plain_lse, expected.exact_lse, "lse")
+
+
+def test_attention_in_float64_is_exact():
+    expected = reference_result(Case("tail", n=1, keys=300, tail="pooled", bias="float"), torch.float64)
+    out, _ = reference.attention(*expected.arguments)
+    torch.testing.assert_close(out, expected.exact_out, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("tail", ["none", "pooled"])
+@pytest.mark.parametrize("n", GROUPS)
+def test_full_mask_is_dense_attention(n, tail):
+    q, k, v = make_qkv(2, 4, 2, queries=70, keys=140, dtype=torch.bfloat16)
+    mask = reference.full_mask(q, k, 32, n)
+    out, _ = reference.attention(q, k, v, mask, None, None, 0.125, 32, n, tail)
+    plain = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    exact = F.scaled_dot_product_attention(q.double(), k.double(), v.double(), enable_gqa=True)
+    assert_as_accurate(out, plain, exact)
+
+
+def test_rows_without_keys():
+    expected = reference_result(Case("gaps", m=16, keep="gaps", bias="padding"))
+    out, lse = reference.attention(*expected.arguments)
+    empty = torch.arange(150) // 16 % 2 == 0
+    assert (out[:, :, empty] == 0).all() and (lse[:, :, empty] == -math.inf).all()
+    assert out[:, :, ~empty].abs().amin(-1).all() and lse[:, :, ~empty].isfinite().all()
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("name", ["q", "k", "v"])
+def test_full_mask_has_the_non_finite_values_of_dense_attention(name, value):
+    tensors = dict(zip("qkv", make_qkv(heads=2, kv_heads=1, queries=40, keys=50), strict=True))
+    tensors[name][0, -1, 17, 5] = value
+    q, k, v = tensors.values()
+    out, _ = reference.attention(q, k, v, reference.full_mask(q, k, 16, 8), None, None, 0.125, 16, 8)
+    dense = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    assert not dense.isfinite().all()
+    assert torch.equal(out.nan_to_num(7e7, 8e8, -9e9) > 1e7, dense.nan_to_num(7e7, 8e8, -9e9) > 1e7)
+    assert torch.equal(out.isnan(), dense.isnan()) and torch.equal(out.isneginf(), dense.isneginf())
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_dropped_keys_never_leak(value):
+    case = Case("gqa", heads=4, kv_heads=2, m=32, n=8, keys=200)
+    q, k, v, mask, *rest = reference_result(case).arguments
+    mask = mask & 0x0FFF00FF  # groups 8 to 15 and 28 onward are dropped by every slice
+    before = reference.attention(q, k, v, mask, *rest)
+    for x in (k, v):
+        x[:, :, 64:128] = value
+    after = reference.attention(q, k, v, mask, *rest)
+    assert before[0].isfinite().all()
+    assert torch.equal(before[0], after[0]) and torch.equal(before[1], after[1])
+
+
+@pytest.mark.parametrize("tail", ["none", "pooled"])
+def test_keys_masked_by_key_bias_never_leak(tail):
+    case = Case("padding", batch=2, keys=300, bias="padding", tail=tail)
+    q, k, v, mask, key_bias, *rest = reference_result(case).arguments
+    dout = torch.randn_like(q)
+    results = []
+    for value in (1.0, math.nan):  # what a padded key holds must not matter, in the tail's means neither
+        k, v = (torch.where(key_bias[:, None, :, None], x, value) for x in (k, v))
+        gradients = reference.attention_backward(dout, q, k, v, mask, key_bias, *rest)
+        scores = reference.pooled_scores(q, k, key_bias, *rest[:4], 16)
+        results.append((*reference.attention(q, k, v, mask, key_bias, *rest), *gradients, *scores))
+    for a, b in zip(*results, strict=True):
+        assert a.isfinite().all() and torch.equal(a, b)
+
+
+# attention_backward
+
+
+@_dtypes("fp32", "bf16")
+@_cases()
+def test_backward(case, dtype):
+    arguments = reference_result(case, dtype).arguments
+    dout = torch.randn(arguments[0].shape).to(dtype)
+    exact, plain = reference_gradients(arguments, dout)
+    actual = reference.attention_backward(dout, *arguments)
+    # In float32 an element's error is a sum of many roundings, and the largest of a few thousand is noise.
+    check = assert_l2_as_accurate if dtype == torch.float32 else assert_as_accurate
+    for name, *triple in zip(("dq", "dk", "dv"), actual, plain, exact, strict=True):
+        check(*triple, name)
+
+
+BACKWARD = (
+    Case("gqa", heads=4, kv_heads=2, m=16, n=8, queries=40, keys=50),
+    Case("ordered-bias", batch=2, m=16, n=1, queries=37, keys=150, ordered=True, bias="float", scale=-0.3),
+    Case("tail-ordered", heads=4, kv_heads=2, m=32, n=16, queries=70, keys=150, ordered=True, tail="pooled"),
+    Case("tail-padding", batch=2, m=16, n=8, queries=40, keys=270, bias="padding", keep="gaps", tail="pooled"),
+)
+
+
+@pytest.mark.parametrize("chunk_elements", [1 << 27, 20_000, 1], ids=["one-chunk", "ragged-chunks", "slice-by-slice"])
+@pytest.mark.parametrize("case", BACKWARD, ids=str)
+def test_backward_is_the_gradient_of_forward(case, chunk_elements):
+    arguments = reference_result(case, torch.float64).arguments
+    qkv = [x.detach().requires_grad_() for x in arguments[:3]]
+    out, _ = reference.attention(*qkv, *arguments[3:])
+    dout = torch.randn_like(out)
+    expected = torch.autograd.grad(out, qkv, dout)
+    actual = reference.attention_backward(dout, *arguments, chunk_elements=chunk_elements)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("tail", ["none", "pooled"])
+def test_backward_against_finite_differences(tail):
+    case = Case("tiny", m=16, n=8, heads=2, kv_heads=1, queries=20, keys=140, dim=4, ordered=True, tail=tail)
+    arguments = reference_result(case, torch.float64).arguments
+    dout = torch.randn(arguments[0].shape, dtype=torch.float64)
+    actual = reference.attention_backward(dout, *arguments)
+    step = 1e-5
+    for i, x in enumerate(arguments[:3]):
+        direction = torch.randn_like(x)
+        ends = []
+        for sign in (1, -1):
+            moved = list(arguments)
+            moved[i] = x + sign * step * direction
+            ends.append((reference.attention(*moved)[0] * dout).sum().item())
+        expected = (ends[0] - ends[1]) / (2 * step)
+        assert (actual[i] * direction).sum().item() == pytest.approx(expected, rel=1e-6)
+
+
+# select_pooled
+
+
+def scores_by_loops(q, k, key_bias, order, scale, m, n, pool):
+    """{(b, h, t): {g: mass}} for the groups with a key that is not masked."""
+    batch, heads, queries, _ = q.shape
+    keys, share, pool = k.shape[2], heads // k.shape[1], min(pool, m)
+    order = list(range(queries)) if order is None else order.tolist()
+    scores = {}
+    for b in range(batch):
+        bias = [0.0] * keys
+        if key_bias is not None:
+            bias = [(0.0 if x else -math.inf) if isinstance(x, bool) else x for x in key_bias[b].tolist()]
+        groups = {}
+        for g in range(math.ceil(keys / n)):
+            members = [j for j in range(g * n, min(keys, (g + 1) * n)) if bias[j] >= -1000]
+            if members:
+                groups[g] = members, math.log(len(members)) + sum(bias[j] for j in members) / len(members)
+        for h in range(heads):
+            k_mean = {g: k[b, h // share, members].mean(0) for g, (members, _) in groups.items()}
+            for t in range(math.ceil(queries / m)):
+                mass = dict.fromkeys(groups, 0.0)
+                for start in range(t * m, min(queries, (t + 1) * m), pool):
+                    mean = q[b, h, order[start : min(start + pool, queries)]].mean(0)
+                    logit = {g: scale * (mean @ k_mean[g]).item() + shift for g, (_, shift) in groups.items()}
+                    top = max(logit.values(), default=0.0)
+                    total = sum(math.exp(x - top) for x in logit.values())
+                    for g, x in logit.items():
+                        mass[g] += math.exp(x - top) / total
+                scores[b, h, t] = mass
+    return scores
+
+
+def kept_by_loops(scores, queries, order, m, n, top_p, density, max_density, dense_keys, dense_queries):
+    """{(b, h, t): set of kept groups}."""
+    order = list(range(queries)) if order is None else order.tolist()
+
+    def inside(token, ranges):
+        return any(a <= token < b for a, b in zip(ranges[::2], ranges[1::2], strict=True))
+
+    kept = {}
+    for (b, h, t), mass in scores.items():
+        forced = {g for g in mass if any(inside(j, dense_keys) for j in range(g * n, (g + 1) * n))}
+        limit = max(1, math.floor(len(mass) * (max_density if density is None else density) + 0.5))
+        prefix, held = [], 0.0
+        for g in sorted(mass, key=lambda g: (g not in forced, -mass[g], g)):
+            crossed = density is None and top_p < 1 and held >= top_p * sum(mass.values())
+            if len(prefix) == limit or crossed:
+                break
+            prefix.append(g)
+            held += mass[g]
+        dense = any(inside(token, dense_queries) for token in order[t * m : (t + 1) * m])
+        kept[b, h, t] = set(mass) if dense else forced | set(prefix)
+    return kept
+
+
+PARAMETERS = {"pool": 16, "top_p": 0.9, "density": None, "max_density": 1.0, "dense_keys": [], "dense_queries": []}
+SELECT = (  # (case, what differs from PARAMETERS)
+    (Case("top-p", m=64, n=8, heads=4, kv_heads=2, queries=150, keys=210, spread=4.0), {}),
+    (Case("top-p-low", m=16, n=1, queries=50, keys=70, spread=4.0), {"top_p": 0.3}),
+    (Case("top-p-bounded", m=128, n=16, queries=150, keys=210), {"max_density": 0.4}),
+    (Case("top-p-all", m=32, n=8, keys=90), {"top_p": 1.0}),
+    (Case("bound-only", m=32, n=8, keys=90), {"top_p": 1.0, "max_density": 0.5}),
+    (Case("density", m=32, n=8, batch=2, heads=3, kv_heads=1, queries=70, keys=150), {"density": 0.3}),
+    (Case("density-rounds-to-one", m=32, n=64, keys=300), {"density": 0.01}),
+    (Case("density-half-rounds-up", m=32, n=8, keys=40), {"density": 0.5}),  # 2.5 of 5 groups
+    (Case("density-full", m=32, n=8, keys=90), {"density": 1.0}),
+    (Case("pool-8", m=64, n=8, queries=75, spread=4.0), {"pool": 8}),  # the last mean has 3 rows, others none
+    (Case("pool-128-over-m", m=32, n=8, queries=75), {"pool": 128}),
+    (Case("one-key", m=16, n=128, queries=3, keys=1), {"density": 0.2}),
+    (Case("ordered", m=16, n=8, queries=50, ordered=True, spread=4.0), {"top_p": 0.5}),
+    (Case("padding", m=32, n=8, batch=2, keys=300, bias="padding", queries=50), {"density": 0.4}),
+    (Case("float", m=32, n=16, keys=200, bias="float", queries=50), {"top_p": 0.6}),
+    (Case("additive", m=32, n=8, keys=200, bias="additive", queries=50), {"top_p": 0.7}),
+    (Case("entry", m=32, n=32, batch=2, bias="entry", queries=50), {"density": 1.0}),  # nothing to keep: nothing kept
+    (Case("dense-keys", m=32, n=16, keys=200, queries=50), {"density": 0.1, "dense_keys": [0, 1, 40, 70, 199, 200]}),
+    (Case("dense-keys-top-p", m=32, n=8, keys=200, queries=50, spread=4.0), {"top_p": 0.5, "dense_keys": [17, 90]}),
+    (Case("dense-keys-masked", m=32, n=8, keys=200, bias="padding"), {"density": 0.1, "dense_keys": [120, 200]}),
+    (Case("dense-queries", m=32, n=8, queries=150), {"density": 0.2, "dense_queries": [0, 3, 149, 150]}),
+    (Case("dense-queries-ordered", m=16, n=8, queries=150, ordered=True), {"density": 0.2, "dense_queries": [40, 43]}),
+    (Case("dense-queries-masked", m=32, n=8, keys=200, bias="padding"), {"density": 0.2, "dense_queries": [0, 150]}),
+)
+
+
+def _select_arguments(case, dtype=torch.float64):
+    q, k, _, _, key_bias, order, scale, m, n, _ = reference_result(case, dtype).arguments
+    return q, k, key_bias, order, scale, m, n
+
+
+@pytest.mark.parametrize("case, parameters", SELECT, ids=[case.id for case, _ in SELECT])
+def test_select_against_loops(case, parameters):
+    parameters = PARAMETERS | parameters
+    q, k, key_bias, order, scale, m, n = _select_arguments(case)
+    mask = reference.select_pooled(q, k, key_bias, order, scale, m, n, **parameters)
+    scores = scores_by_loops(q, k, key_bias, order, scale, m, n, parameters.pop("pool"))
+    expected = kept_by_loops(scores, case.queries, order, m, n, **parameters)
+    kept = unpack(mask, group_count(case.keys, n))
+    assert kept.shape[:3] == (case.batch, case.heads, slice_count(case.queries, m))
+    for at, groups in expected.items():
+        assert set(kept[at].nonzero()[:, 0].tolist()) == groups, f"slice {at}"
+
+
+def test_scores_are_pooled_probabilities():
+    case = Case("bias", m=64, n=8, heads=4, kv_heads=2, keys=200, bias="float", ordered=True)
+    q, k, key_bias, order, scale, m, n = _select_arguments(case)
+    score, valid = reference.pooled_scores(q, k, key_bias, order, scale, m, n, 16)
+    for (b, h, t), mass in scores_by_loops(q, k, key_bias, order, scale, m, n, 16).items():
+        assert set(valid[b].nonzero()[:, 0].tolist()) == set(mass)
+        torch.testing.assert_close(score[b, h, t][valid[b]], torch.tensor(list(mass.values()), dtype=torch.float64))
+        assert (score[b, h, t][~valid[b]] == 0).all()
+
+
+def _select_with_masses(masses, **parameters):
+    """Kept groups of one query whose keys have exactly the given probabilities."""
+    q, k = torch.zeros(1, 1, 1, 4), torch.zeros(1, 1, len(masses), 4)
+    mask = reference.select_pooled(q, k, torch.tensor([masses]).log(), None, 0.5, 16, 1, **parameters)
+    return unpack(mask, len(masses))[0, 0, 0].nonzero()[:, 0].tolist()
+
+
+@pytest.mark.parametrize(
+    "top_p, kept",
+    [
+        (0.4, [2]),
+        (0.55, [0, 2]),
+        (0.74, [0, 2]),
+        (0.76, [0, 2, 3]),
+        (0.91, [0, 1, 2, 3]),
+        (0.001, [2]),
+        (1.0, [0, 1, 2, 3]),
+    ],
+)
+def test_top_p_keeps_the_element_that_crosses(top_p, kept):
+    assert _select_with_masses([0.25, 0.1, 0.5, 0.15], top_p=top_p) == kept
+
+
+def test_ties_keep_the_lower_index():
+    assert _select_with_masses([0.1] * 10, density=0.3) == [0, 1, 2]
+    assert _select_with_masses([0.1, 0.2, 0.1, 0.2, 0.2, 0.1, 0.1], density=0.6) == [0, 1, 3, 4]
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_nan_score_is_kept(value):
+    arguments = list(_select_arguments(Case("gqa", m=32, n=8, heads=4, kv_heads=2, queries=100, keys=100)))
+    usual = unpack(reference.select_pooled(*arguments, density=0.2), 13)
+    arguments[1] = arguments[1].clone()
+    arguments[1][0, 1, 42] = value  # group 5 of KV head 1, which query heads 2 and 3 use; inf - inf is NaN as well
+    kept = unpack(reference.select_pooled(*arguments, density=0.2), 13)
+    assert kept[:, 2:, :, 5].all() and not usual[:, 2:, :, 5].all()
+    assert torch.equal(kept[:, :2], usual[:, :2])
+    assert (kept.sum(-1) == usual.sum(-1)).all()  # it takes one of the places
+    arguments[1][0, 1, 42] = 0.0
+    arguments[0][0, 3, 40] = value  # slice 1 of head 3: every score is NaN
+    kept = unpack(reference.select_pooled(*arguments, density=0.2), 13)
+    assert kept[0, 3, 1].all() and not kept[0, 3, 0].all() and not kept[0, 2, 1].all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("parameters", [{"density": 1.0}, {"top_p": 1.0}, {"dense_queries": [0, 999]}], ids=str)
+def test_keep_everything(parameters, dtype):
+    q, k, *rest = _select_arguments(Case("all", m=32, n=8, queries=70, keys=530, spread=20.0), dtype)
+    assert torch.equal(reference.select_pooled(q, k, *rest, **parameters), reference.full_mask(q, k, 32, 8))
+
+
+def test_select_is_deterministic():
+    arguments = _select_arguments(Case("n1", m=64, n=1, heads=4, keys=500), torch.float32)
+    masks = [reference.select_pooled(*arguments, top_p=0.7) for _ in range(3)]
+    assert torch.equal(masks[0], masks[1]) and torch.equal(masks[0], masks[2])
+
+
+# kept_density
+
+
+@pytest.mark.parametrize("bias", [None, "padding", "additive", "entry"])
+@pytest.mark.parametrize("m, n", [(16, 1), (64, 8), (128, 128)])
+def test_kept_density_counts_pairs(m, n, bias):
+    q, k, _ = make_qkv(2, 3, queries=150, keys=300)
+    mask = random_mask(q, k, m, n, 0.4)
+    key_bias = make_key_bias(bias, 2, 300, torch.float32)
+    visible = torch.ones(2, 300) if bias is None else reference.normalise_key_bias(key_bias, torch.float32).exp()
+    kept = dense_mask(mask, None, 150, 300, m, n) * visible[:, None, None]
+    expected = kept.double().sum() / (visible.double().sum() * 3 * 150)
+    density = reference.kept_density(mask, key_bias, 150, 300, m, n)
+    assert density.dtype == torch.float32 and density.shape == ()
+    assert density.item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+# query_order
+
+GRIDS = (  # t, h, w, before, after
+    (21, 30, 52, 0, 0),  # no edge divides
+    (3, 5, 7, 0, 11),
+    (1, 1, 5, 3, 0),
+    (2, 8, 8, 1, 1),  # one cube of 128
+    (4, 16, 24, 100, 77),
+)
+
+
+@pytest.mark.parametrize("m", SLICES)
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_query_order(grid, m):
+    t, h, w, before, after = grid
+    order = reference.query_order(*grid, m, torch.device("cpu"))
+    video = t * h * w
+    assert order.dtype == torch.int32
+    assert torch.equal(order.sort().values, torch.arange(before + video + after, dtype=torch.int32))
+    text = [*range(before), *range(before + video, before + video + after)]
+    assert order[video:].tolist() == text  # after the video, so that it shifts no cube
+    edges = reference.CUBES[m]
+    assert math.prod(edges) == m
+    token = order[:video].long() - before
+    cube = torch.stack([token // (h * w) // edges[0], token // w % h // edges[1], token % w // edges[2]])
+    changes = (cube.diff() != 0).any(0).sum().item()  # each cube's tokens are consecutive
+    assert changes + 1 == math.prod(math.ceil(size / edge) for size, edge in zip((t, h, w), edges, strict=True))
+    if all(size % edge == 0 for size, edge in zip((t, h, w), edges, strict=True)):
+        assert (cube.unflatten(1, (-1, m)) == cube[:, ::m, None]).all()  # and a slice is one cube
