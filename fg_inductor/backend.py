@@ -1,0 +1,211 @@
+"""The backend: ``torch.compile(model, backend="fgattn", mode=..., options={...})``.
+
+It rewrites attention on Dynamo's graph, where a site is one node as the user wrote it, and hands the rest to Inductor.
+"""
+
+import copy
+import dataclasses
+import difflib
+import logging
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.fx import GraphModule
+
+from fg_inductor import kernels, passes
+from fg_inductor.kernels import ops
+from fg_inductor.passes import cache_key, checkpoint, density, sdpa
+from fg_inductor.passes.graph import value
+from fg_inductor.passes.site import Site
+from fg_inductor.report import Meter, Report, Row, announce, record, reset
+from fg_inductor.settings import PREFIX, Settings
+
+log = logging.getLogger(__name__)
+
+HOOK = "joint_custom_pre_pass"
+
+
+def fgattn(
+    gm: GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable:
+    """Compile a graph of Dynamo's. ``mode`` is Inductor's; ``options`` holds ``fgattn.*``, "mode" and Inductor's own.
+
+    Raises ValueError or TypeError for an option that nobody knows, and RuntimeError under ``fgattn.strict`` where a
+    video site stays dense.
+    """
+    from torch._dynamo import eval_frame
+    from torch._dynamo.utils import dynamo_timed
+
+    # Dynamo resets the backends it has met since its last reset, and forgets those of functions compiled before that.
+    eval_frame.cached_backends.setdefault(id(fgattn), fgattn)
+    settings, patches = read_options(mode, options)
+    graph_id = str(torch._guards.CompileContext.current_compile_id())
+    before = gm.print_readable(print_output=False) if log.isEnabledFor(logging.DEBUG) else None
+    with dynamo_timed("fgattn_pass", log_pt2_compile_event=True):
+        rows = rewrite(gm, settings, graph_id)
+        _check_strict(rows, settings)
+        rewritten = any(row.site.rewritten for row in rows)
+        meter = Meter(density.add_outputs(gm)) if settings.stats and rewritten else None
+    if before is not None:
+        log.debug("graph %s before:\n%s\nafter:\n%s", graph_id, before, gm.print_readable(print_output=False))
+    if meter:
+        rows = [_note_unmeasured(row, meter) for row in rows]
+    record(rows, meter)
+    announce(graph_id, rows, settings)
+    if rewritten:
+        patches = _with_joint_pass(patches, settings)
+    compiled = _compile(gm, example_inputs, settings.inner, patches)
+    return meter.wrap(compiled) if meter else compiled
+
+
+fgattn.reset = reset  # called by torch._dynamo.reset()
+
+
+def register() -> None:
+    """Make ``backend="fgattn"`` known where the package runs from a checkout; installed, its entry point does."""
+    if "fgattn" not in torch._dynamo.list_backends(exclude_tags=()):
+        torch._dynamo.register_backend(fgattn, name="fgattn")
+
+
+def explain(model: Callable, *args, options: dict[str, Any] | None = None, **kwargs) -> Report:
+    """What ``backend="fgattn"`` would do with each attention site of ``model(*args, **kwargs)``, without compiling it.
+
+    Runs the model once, eagerly and with dense attention. ``fg_inductor.report()`` and the counters stay as they are.
+    """
+    settings, _ = read_options(None, options)
+    rows = []
+
+    def trace(gm, example_inputs):
+        graph_id = str(torch._guards.CompileContext.current_compile_id())
+        # A copy: what runs is the graph as it was.
+        rows.extend(rewrite(copy.deepcopy(gm), settings, graph_id))
+        return gm.forward
+
+    def run():
+        return model(*args, **kwargs)
+
+    # Dynamo caches, and counts towards its recompile limit, by code object: a fresh one leaves the model's own alone.
+    run.__code__ = run.__code__.replace()
+    torch.compile(run, backend=trace)()
+    return Report({(row.graph, row.site.path, row.site.index): row for row in rows}.values())
+
+
+# Options
+
+
+def read_options(mode: str | None, options: dict[str, Any] | None) -> tuple[Settings, dict[str, Any]]:
+    """Our settings and Inductor's config patches. Raises ValueError or TypeError for what neither knows."""
+    from torch._inductor import config, list_mode_options
+
+    ours, theirs = {}, {}
+    for key, option in (options or {}).items():
+        if not isinstance(key, str):
+            raise TypeError(f"fgattn: the names of options are strings; got {key!r}.")
+        (ours if key.startswith(PREFIX) else theirs)[key] = option
+    settings = Settings.parse(ours)
+
+    if "mode" in theirs and mode is not None:
+        raise ValueError(f"fgattn: mode={mode!r} and options={{'mode': {theirs['mode']!r}}} are both given; give one.")
+    mode = theirs.pop("mode", mode) or "default"
+    modes = list_mode_options()
+    if mode not in modes:
+        raise ValueError(f"fgattn: unknown mode {mode!r}; {_suggest(mode, modes, 'choose one of ' + ', '.join(modes))}")
+
+    known = config.get_config_copy()
+    patches = dict(modes[mode])
+    for key, option in theirs.items():
+        name = key.replace("-", "_")
+        if name not in known:
+            names = (*(PREFIX + f.name for f in dataclasses.fields(Settings)), "mode", *known)
+            hint = _suggest(key, names, "fg_inductor.settings and torch._inductor.list_options() name them")
+            raise ValueError(f"fgattn: unknown option {key!r}, neither '{PREFIX}<name>' nor one of Inductor's; {hint}")
+        kind = config.get_type(name)
+        # Generic types don't support isinstance; Inductor itself leaves those unchecked.
+        if typing.get_origin(kind) is None and not isinstance(option, kind):
+            raise TypeError(f"fgattn: Inductor's option {key!r} takes a {kind.__name__}; got {option!r}.")
+        patches[name] = option
+    return settings, patches
+
+
+def _suggest(name: Any, names: Iterable[str], otherwise: str) -> str:
+    name = str(name)
+    # The bare name of one of our options is the likeliest slip, and not a near match.
+    near = [PREFIX + name] if PREFIX + name in names else difflib.get_close_matches(name, names, 1)
+    return f"did you mean {near[0]!r}?" if near else f"{otherwise}."
+
+
+# The pass
+
+
+def rewrite(gm: GraphModule, settings: Settings, graph_id: str) -> list[Row]:
+    """Rewrite the sites of a graph in place. An error of the pass is a reason to stay dense, unless ``strict``."""
+    try:
+        sites = sdpa.rewrite(gm, settings)
+    except Exception as error:
+        if settings.strict:
+            raise
+        log.exception(
+            "fgattn: the pass failed on graph %s, whose attention stays as it is; please report this.", graph_id
+        )
+        detail = f"{type(error).__name__}: {error}"
+        sites = [Site("", 0, "unknown", "", "", "", "dense", "error in the pass", detail, video=True)]
+    if any(site.rewritten for site in sites):
+        checkpoint.translate_policies(gm)
+    return [Row(graph_id, site, settings, kernel) for site, kernel in zip(sites, _kernels(gm, sites), strict=True)]
+
+
+def _kernels(gm: GraphModule, sites: list[Site]) -> list[str | None]:
+    """The kernel that runs each site."""
+    graphs = [m.graph for m in gm.modules() if isinstance(m, GraphModule)]
+    nodes = [node for graph in graphs for node in graph.find_nodes(op="call_function", target=ops.attention)]
+    devices = {node.meta["fgattn_site"]: value(node)[0].device.type for node in nodes}
+    return [{"cuda": "portable", "cpu": "reference"}.get(devices.get(site.index)) for site in sites]
+
+
+def _check_strict(rows: list[Row], settings: Settings) -> None:
+    dense = [row for row in rows if row.site.video and not row.site.rewritten]
+    if settings.strict and dense:
+        raise RuntimeError(
+            f"fgattn: {len(dense)} video attention sites can't be rewritten, and 'fgattn.strict' is on. Change what "
+            f"the reasons name, or drop 'fgattn.strict' to leave these sites dense.\n{Report(dense)}"
+        )
+
+
+def _note_unmeasured(row: Row, meter: Meter) -> Row:
+    if not row.site.rewritten or row.site.index in meter.sites:
+        return row
+    return dataclasses.replace(row, note="density not measured inside a checkpointed region")
+
+
+# The inner compiler
+
+
+def _with_joint_pass(patches: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """Inductor's patches with our pass on the joint graph, behind the user's own hooks."""
+    from torch._inductor import config
+
+    theirs = patches.get(HOOK, config.joint_custom_pre_pass)
+    theirs = () if theirs is None else tuple(theirs) if isinstance(theirs, (list, tuple)) else (theirs,)
+    folders = (Path(module.__file__).parent for module in (kernels, passes))
+    salt = f"{cache_key.source_hash(Path(__file__).parent, *folders)} {settings}"
+    return {**patches, HOOK: cache_key.JointPass(salt, theirs)}
+
+
+def _compile(gm: GraphModule, example_inputs: Sequence[Any], inner: str, patches: dict[str, Any]) -> Callable:
+    if inner != "inductor":
+        return torch._dynamo.lookup_backend(inner)(gm, example_inputs)
+    # Imported here as torch's own backend does: importing Inductor is slow, and its worker pool should start early.
+    from torch._inductor.async_compile import maybe_warm_pool
+
+    maybe_warm_pool()
+    from torch._inductor.compile_fx import compile_fx
+
+    # As patches and not in a ``with``: backward is compiled later, and must see them too.
+    return compile_fx(gm, example_inputs, config_patches=patches)

@@ -1,0 +1,194 @@
+"""What became of each attention site: the report, the counters, the log and the one line of the first compile."""
+
+import collections
+import dataclasses
+import json
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from tabulate import tabulate
+from torch import Tensor
+
+from fg_inductor.passes.site import Site
+from fg_inductor.settings import Settings
+
+log = logging.getLogger(__name__)
+
+COLUMNS = ("graph", "site", "kind", "query", "key", "dtype", "decision", "kernel", "settings", "density", "reason")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One site of one compiled graph.
+
+    graph     the compile id of Dynamo's graph, "frame/recompilation", as in its logs
+    site      as ``passes.site.Site`` has it: path, kind, shapes, dtype, decision, reason
+    settings  the options that it was compiled with
+    kernel    "portable" (Triton, on CUDA) or "reference" (PyTorch, on CPU); None where it stays dense
+    density   kept pairs / all pairs, the mean over all calls so far; None where it was not measured
+    note      why ``fgattn.stats`` could not measure it; else empty
+    """
+
+    graph: str
+    site: Site
+    settings: Settings
+    kernel: str | None = None
+    density: float | None = None
+    note: str = ""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, fit for JSON. ``settings`` holds the options that are not at their defaults."""
+        row = {name: getattr(self, name) for name in ("graph", "kernel", "density", "note")}
+        return row | dataclasses.asdict(self.site) | {"settings": self.settings.changed()}
+
+    def cells(self) -> tuple[str, ...]:
+        """The row of the table, in the order of ``COLUMNS``."""
+        site, dense = self.site, not self.site.rewritten
+        reason = f"{site.reason} ({site.detail})" if site.detail else site.reason
+        reason = "; ".join(filter(None, (reason, self.note)))
+        density = "" if self.density is None else f"{self.density:.3f}"
+        return (
+            self.graph, site.path, site.kind, site.query, site.key, site.dtype, site.decision, self.kernel or "",
+            "" if dense else summary(self.settings), density, reason,
+        )  # fmt: skip
+
+
+class Report(Sequence[Row]):
+    """The rows, a sequence; ``str`` gives them as a table."""
+
+    def __init__(self, rows: Iterable[Row] = ()):
+        self.rows = tuple(rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+    @property
+    def rewritten(self) -> int:
+        """The number of sites that run sparse."""
+        return sum(row.site.rewritten for row in self.rows)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {"rewritten": self.rewritten, "sites": [row.to_dict() for row in self.rows]}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2)
+
+    def __str__(self) -> str:
+        if not self.rows:
+            return "fgattn: no attention site has been compiled."
+        head = f"fgattn: {self.rewritten} of {len(self)} attention sites rewritten"
+        return f"{head}\n{tabulate([row.cells() for row in self.rows], COLUMNS, disable_numparse=True)}"
+
+    __repr__ = __str__
+
+
+def summary(settings: Settings) -> str:
+    """What decides the mask, in few words: ``pooled 128x8, top_p 0.9``."""
+    keep = f"top_p {settings.top_p:g}" if settings.density is None else f"density {settings.density:g}"
+    tail = "" if settings.tail == "none" else f", {settings.tail} tail"
+    return f"{settings.mask} {settings.slice}, {keep}{tail}"
+
+
+class Meter:
+    """Sums the kept density of a graph's sites on their devices, so that no call waits for one."""
+
+    def __init__(self, sites: list[int]):
+        self.sites = sites
+        self.totals: list[Tensor] = []
+        self.calls = 0
+
+    def wrap(self, compiled: Callable) -> Callable:
+        """The compiled function without the extra outputs that ``passes.density`` appended."""
+
+        def run(*args):
+            results = compiled(*args)
+            cut = len(results) - len(self.sites)
+            self._add(results[cut:])
+            return results[:cut]
+
+        return run
+
+    @torch.no_grad()
+    def _add(self, densities: Sequence[Tensor]) -> None:
+        # Not in place: a sum begun in inference mode may go on outside it. Not kept: CUDA graphs reuse their outputs.
+        start = self.totals or [torch.zeros_like(d) for d in densities]
+        self.totals = list(torch._foreach_add(start, list(densities)))
+        self.calls += 1
+
+    def means(self) -> dict[int, float]:
+        """Site index -> mean density. Waits for the devices."""
+        return {i: t.item() / self.calls for i, t in zip(self.sites, self.totals, strict=False)}
+
+
+# A frame can be compiled twice under one id (Dynamo restarts), and DDP splits one frame into several graphs: so a row
+# is known by graph, path and index, and a second one with the same three takes the place of the first.
+_rows: dict[tuple[str, str, int], tuple[Row, Meter | None]] = {}
+_announced: set[tuple[Settings, bool]] = set()
+
+
+def reset() -> None:
+    """Forget all rows, measured densities and which lines were printed."""
+    _rows.clear()
+    _announced.clear()
+
+
+def report() -> Report:
+    """The attention sites of everything compiled with ``backend="fgattn"`` since the last reset."""
+    means = {meter: meter.means() for _, meter in _rows.values() if meter}
+    return Report(
+        dataclasses.replace(row, density=means[meter].get(row.site.index)) if meter else row
+        for row, meter in _rows.values()
+    )
+
+
+def record(rows: list[Row], meter: Meter | None) -> None:
+    """Add the rows of one graph to the report, the counters and the log."""
+    from torch._dynamo.utils import counters
+
+    counts = counters["fgattn"]
+    for row in rows:
+        key = (row.graph, row.site.path, row.site.index)
+        if key in _rows:
+            counts[_counter(_rows[key][0])] -= 1
+        counts[_counter(row)] += 1
+        _rows[key] = (row, meter)
+        log.info(
+            "graph %s, site %s: %s",
+            row.graph,
+            row.site.path or row.site.index,
+            " | ".join(filter(None, row.cells()[2:])),
+        )
+    torch._logging.trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": "fgattn_report", "encoding": "json"},
+        payload_fn=lambda: Report(rows).to_json(),
+    )
+
+
+def _counter(row: Row) -> str:
+    return "rewritten" if row.site.rewritten else f"skipped: {row.site.reason}"
+
+
+def announce(graph: str, rows: list[Row], settings: Settings) -> None:
+    """Say once for each settings that attention has become approximate; or, as often, that nothing was rewritten."""
+    done = Report(rows).rewritten
+    if settings.quiet or not _announced.isdisjoint({(settings, True), (settings, done > 0)}):
+        return
+    _announced.add((settings, done > 0))
+    if done:
+        fact = f"now run sparse, which is approximate: {summary(settings)}"
+    elif rows:
+        reason, count = collections.Counter(row.site.reason for row in rows).most_common(1)[0]
+        fact = f"run sparse; the most common reason ({count}): {reason}"
+    else:
+        fact = "run sparse: it calls no scaled_dot_product_attention"
+    log.warning(
+        "fgattn: %d of %d attention sites of graph %s %s. print(fg_inductor.report()) lists them; "
+        "options={'fgattn.quiet': True} silences this line.", done, len(rows), graph, fact,
+    )  # fmt: skip
