@@ -61,6 +61,16 @@ def _load_tile(k_ptr, v_ptr, key, stride_ks, stride_vs, D: tl.constexpr, BLOCK_D
 
 
 @triton.jit
+def _tokens(order_ptr, first, Sq, M: tl.constexpr, HAS_ORDER: tl.constexpr):
+    """The M tokens of a slice (int64) and which of them exist."""
+    row = first + tl.arange(0, M)
+    inside = row < Sq
+    if HAS_ORDER:
+        row = tl.load(order_ptr + row, mask=inside, other=0)
+    return row.to(tl.int64), inside
+
+
+@triton.jit
 def _attention_fwd(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
     lists_ptr, counts_ptr, bias_ptr, order_ptr, tail_k_ptr, tail_v_ptr, tail_bias_ptr,
@@ -81,12 +91,7 @@ def _attention_fwd(
     h_kv = (h // SHARE).to(tl.int64)
     slice_index = (b * tl.num_programs(1) + tl.program_id(1)) * T + t
 
-    row = t * M + tl.arange(0, M)
-    inside = row < Sq
-    token = row
-    if HAS_ORDER:
-        token = tl.load(order_ptr + row, mask=inside, other=0)
-    token = token.to(tl.int64)
+    token, inside = _tokens(order_ptr, t * M, Sq, M, HAS_ORDER)
     offs_d = tl.arange(0, BLOCK_D)
     offs_n = tl.arange(0, BLOCK_N)
     q_ptrs = q_ptr + b * stride_qb + h.to(tl.int64) * stride_qh + token[:, None] * stride_qs + offs_d[None, :]
@@ -146,6 +151,8 @@ def _attention_fwd(
     acc = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
     lse = (m_i + tl.log2(l_i)) / LOG2_E
     lse = tl.where(l_i == 0.0, float("-inf"), lse)
+    # Looked up again: kept alive, the row addresses would cost the loop registers.
+    token, inside = _tokens(order_ptr, t * M, Sq, M, HAS_ORDER)
     out_ptrs = out_ptr + b * stride_ob + h.to(tl.int64) * stride_oh + token[:, None] * stride_os + offs_d[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (offs_d < D)[None, :])
     tl.store(lse_ptr + (b * Hq + h) * Sq + token, lse, mask=inside)
@@ -186,7 +193,7 @@ def launch(
         blocks = group_count(Sk, SUMMARY)
         statistics = column_lists.tail_statistics(bias, Sk, n, lse[:, 0])
         tail_k, tail_v = (group_means.launch(x, SUMMARY, blocks, bias=bias) for x in (k, v))
-    config = {**configuration(q.dtype, D, m), **override}
+    config = configuration(q.dtype, D, m) | {"WIDE": max(k.stride(2), v.stride(2)) * Sk >= 1 << 31} | override
     heads = max(1, min(Hq, LIST_BYTES // (4 * B * T * G)))
     for first in range(0, Hq, heads):
         part = mask[:, first : first + heads]
@@ -199,7 +206,6 @@ def launch(
             first, Hq, share, Sq, Sk, T, G, blocks, scale * LOG2_E,
             D=D, BLOCK_D=triton.next_power_of_2(D), M=m, N=n,
             HAS_BIAS=bias is not None, HAS_ORDER=order is not None, TAIL=tail == "pooled",
-            WIDE=max(k.stride(2), v.stride(2)) * Sk >= 1 << 31,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             **config,
         )  # fmt: skip

@@ -1,8 +1,8 @@
 """Operator contracts: schema, checks, shape rule, one implementation per device. Imports torch only.
 
 The CUDA implementations are imported when they first run, so that a graph can be traced, and the reference run, on a
-machine without Triton. Shapes: B batch, Hq query heads, Hkv KV heads (query head h uses KV head h // (Hq / Hkv)), Sq and
-Sk tokens, D head dim; T, W of the block mask as in ``kernels.mask``.
+machine without Triton. Shapes: B batch, Hq query heads, Hkv KV heads (query head h uses KV head h // (Hq / Hkv)), Sq
+and Sk tokens, D head dim; T, W of the block mask as in ``kernels.mask``.
 """
 
 import torch
@@ -19,11 +19,13 @@ POOLS = (8, 16, 32, 64, 128)
 
 SCHEMAS = {
     "select_pooled": "(Tensor q, Tensor k, Tensor? key_bias, Tensor? order, float scale, int m, int n, int pool, "
-    "float top_p, float? density, float max_density, SymInt[] dense_keys, SymInt[] dense_queries, SymInt min_seq) -> Tensor",
-    "attention": "(Tensor q, Tensor k, Tensor v, Tensor mask, Tensor? key_bias, Tensor? order, float scale, int m, int n, "
-    "str tail, SymInt min_seq) -> (Tensor out, Tensor lse)",
+    "float top_p, float? density, float max_density, SymInt[] dense_keys, SymInt[] dense_queries, SymInt min_seq) "
+    "-> Tensor",
+    "attention": "(Tensor q, Tensor k, Tensor v, Tensor mask, Tensor? key_bias, Tensor? order, float scale, "
+    "int m, int n, str tail, SymInt min_seq) -> (Tensor out, Tensor lse)",
     "attention_backward": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor mask, "
-    "Tensor? key_bias, Tensor? order, float scale, int m, int n, str tail, SymInt min_seq) -> (Tensor dq, Tensor dk, Tensor dv)",
+    "Tensor? key_bias, Tensor? order, float scale, int m, int n, str tail, SymInt min_seq) "
+    "-> (Tensor dq, Tensor dk, Tensor dv)",
     "query_order": "(SymInt t, SymInt h, SymInt w, SymInt before, SymInt after, int m, Device device) -> Tensor",
     "kept_density": "(Tensor mask, Tensor? key_bias, SymInt queries, SymInt keys, int m, int n) -> Tensor",
 }
@@ -47,6 +49,8 @@ def _check(op, q, k, v, mask, key_bias, order, m, n):
     tensors = {"q": q, "k": k} | ({} if v is None else {"v": v})
     for name, x in tensors.items():
         _require(x.dim() == 4, op, f"{name} must be [B, H, S, D], got {tuple(x.shape)}; add the missing dimensions.")
+        sizes = [size for size in x.shape if isinstance(size, int)]
+        _require(0 not in sizes, op, f"{name} {tuple(x.shape)} is empty; leave such calls out.")
         _require(
             x.dtype == q.dtype and x.device == q.device, op,
             f"{name} is {x.dtype} on {x.device} but q is {q.dtype} on {q.device}; give them one dtype and device.",
@@ -84,8 +88,8 @@ def _check(op, q, k, v, mask, key_bias, order, m, n):
         )  # fmt: skip
         _require(
             not any(map(_differ, mask.shape, expected)), op,
-            f"mask has shape {tuple(mask.shape)}, but {tuple(q.shape)} queries and {k.shape[2]} keys with m={m}, n={n} need "
-            f"{expected}; make it with the same m and n.",
+            f"mask has shape {tuple(mask.shape)}, but {tuple(q.shape)} queries and {k.shape[2]} keys with m={m}, n={n} "
+            f"need {expected}; make it with the same m and n.",
         )  # fmt: skip
     if key_bias is not None:
         _require(
@@ -176,7 +180,7 @@ def _attention_fake(q, k, v, mask, key_bias, order, scale, m, n, tail, min_seq):
 
 def _dense(q, k, v, key_bias, scale):
     """Dense SDPA into fresh storage. lse is NaN: nothing reads it, and no dense kernel returns it for every input."""
-    bias = key_bias if key_bias is None or key_bias.dtype == torch.bool else key_bias.to(q.dtype)
+    bias = reference.normalise_key_bias(key_bias, q.dtype)
     bias = None if bias is None else bias[:, None, None]
     gqa = q.shape[1] != k.shape[1]
     out = _empty_out(q).copy_(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=gqa))
@@ -209,6 +213,8 @@ def _attention_backward_fake(dout, q, k, v, out, lse, mask, key_bias, order, sca
 
 
 def _attention_backward(dout, q, k, v, out, lse, mask, key_bias, order, scale, m, n, tail, min_seq):
+    if min(q.shape[2], k.shape[2]) < min_seq:  # forward was dense, whatever the mask
+        mask, order, tail = reference.full_mask(q, k, m, n), None, "none"
     return reference.attention_backward(dout, q, k, v, mask, key_bias, order, scale, m, n, tail)
 
 
@@ -232,7 +238,7 @@ def _attention_grad(ctx, dout, _):
 
 def _no_double_backward(ctx, *_):
     raise RuntimeError(
-        "fgattn::attention: there is no double backward; keep create_graph=False, or leave this model to another backend."
+        "fgattn::attention: there is no double backward; keep create_graph=False, or leave the model to another backend."
     )
 
 

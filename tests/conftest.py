@@ -1,13 +1,17 @@
 """Fixtures of every test, and two guards: the repository root stays off sys.path, and no test leaves global state."""
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from fg_inductor import testing
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: the portable kernels run on CPU tensors
+
+from fg_inductor import testing  # noqa: E402
 
 ROOT = Path(__file__).resolve().parent.parent
 

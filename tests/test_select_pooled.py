@@ -1,0 +1,171 @@
+"""The portable selector against ``reference.select_pooled``; in Triton's interpreter where there is no GPU.
+
+The kernel's products are in the dtype of q, so its mask may differ from the exact one in groups whose score lies at the
+cut, closer to it than plain PyTorch errs in that dtype; nowhere else.
+"""
+
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from fg_inductor.kernels import reference, select_pooled
+from fg_inductor.kernels.mask import GROUPS, SLICES, group_count, unpack
+from fg_inductor.testing import make_key_bias, make_qkv
+
+CUDA = torch.cuda.is_available()
+DTYPES = (torch.bfloat16, torch.float16, torch.float32) if CUDA else (torch.float32,)
+
+
+@dataclass(frozen=True)
+class Case:
+    id: str
+    m: int = 64
+    n: int = 8
+    pool: int = 16
+    batch: int = 1
+    heads: int = 2
+    kv_heads: int = 2
+    queries: int = 150
+    keys: int = 300
+    dim: int = 64
+    top_p: float = 0.7
+    density: float | None = None
+    max_density: float = 1.0
+    bias: str | None = None
+    ordered: bool = False
+    dense_keys: tuple = ()
+    dense_queries: tuple = ()
+    spread: float = 1.0
+
+    def __str__(self):
+        return self.id
+
+
+CASES = (
+    Case("top-p"),
+    Case("density", density=0.3),
+    Case("max-density", max_density=0.2),  # the bound cuts what top-p would keep
+    Case("all", density=1.0),
+    Case("one", density=1e-9),  # the best group is always kept
+    Case("top-p-one", top_p=1.0),  # everything, also groups without mass
+    Case("peaked", spread=30.0, n=1),  # few groups hold all the mass; most scores underflow
+    Case("single-keys", m=128, n=1, density=0.25),
+    Case("whole-blocks", m=128, n=128, keys=700, density=0.5),
+    Case("pool-is-slice", m=32, pool=32),  # P = 1
+    Case("pool-above-slice", m=16, pool=16, queries=100),
+    Case("pool-8", m=128, pool=8, queries=200),  # a ragged last mean, and means without a query
+    Case("many-groups", n=1, keys=4500, queries=20, heads=1, kv_heads=1, m=16),  # more than one block of the selection
+    Case("gqa", heads=4, kv_heads=2),
+    Case("batch-ordered", batch=2, ordered=True, dim=96),
+    Case("padding", batch=2, keys=420, bias="padding"),  # masked groups, one straddled
+    Case("padding-density", batch=2, keys=420, bias="padding", n=1, density=0.4),  # the share of what is not masked
+    Case("float-bias", bias="float", n=16),
+    Case("entry", batch=2, bias="entry"),  # nothing to select from
+    Case("ranges", dense_keys=(0, 10, 290, 300), dense_queries=(140, 150), density=0.2, n=16),
+    Case("ranges-ordered", dense_keys=(37, 38), dense_queries=(0, 1), ordered=True),
+    Case("ranges-over-budget", dense_keys=(0, 200), density=0.1),  # forced groups are kept beyond the density
+)
+
+
+def arguments(case: Case, dtype, device):
+    q, k, _ = make_qkv(
+        case.batch, case.heads, case.kv_heads, case.queries, case.keys, case.dim,
+        dtype=dtype, device=device, spread=case.spread,
+    )  # fmt: skip
+    bias = make_key_bias(case.bias, case.batch, case.keys, dtype)
+    bias = bias if bias is None else bias.to(device)
+    order = None
+    if case.ordered:
+        order = torch.randperm(case.queries, generator=torch.Generator().manual_seed(1)).to(device, torch.int32)
+    selection = (case.top_p, case.density, case.max_density, list(case.dense_keys), list(case.dense_queries))
+    return (q, k, bias, order, case.dim**-0.5, case.m, case.n, case.pool), selection
+
+
+def score_error(scoring, exact):
+    """Largest error of the scores when means and products are rounded to the dtype of q, as plain PyTorch would."""
+    q, k, *rest = scoring
+    *head, m, n, pool = rest
+    acc = torch.float32
+    order, bias = head[1], reference.normalise_key_bias(head[0], acc)
+    rows = q if order is None else q[:, :, order.long()]
+    mean_q = reference.pool_queries(rows.float(), m, min(pool, m))[0].to(q.dtype).float()
+    mean_k = reference.group_means(k.float(), bias, n).to(k.dtype).float()
+    mean_k = mean_k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    logits = torch.einsum("bhtpd,bhgd->bhtpg", mean_q, mean_k) * head[2]
+    exact_q = reference.pool_queries(rows.double(), m, min(pool, m))[0]
+    exact_k = reference.group_means(k.double(), None if bias is None else bias.double(), n)
+    exact_k = exact_k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    shift = (logits - torch.einsum("bhtpd,bhgd->bhtpg", exact_q, exact_k) * head[2]).abs().max().item()
+    # A logit off by x moves a probability by at most the factor exp(2x): its own, and the normaliser's.
+    return exact * (torch.tensor(2 * shift).exp().item() - 1 + 8 * torch.finfo(acc).eps)
+
+
+def check(case: Case, dtype, device):
+    scoring, selection = arguments(case, dtype, device)
+    mask = select_pooled.launch(*scoring, *selection)
+    q, k, *rest = scoring
+    exact_mask = reference.select_pooled(q.double(), k.double(), *rest, *selection)
+    groups = group_count(case.keys, case.n)
+    assert mask.shape == exact_mask.shape and mask.dtype == torch.int32
+    assert not unpack(mask, mask.shape[-1] * 32)[..., groups:].any(), "unused bits must be 0"
+    keep, exact_keep = unpack(mask, groups), unpack(exact_mask, groups)
+    score, valid = reference.pooled_scores(q.double(), k.double(), *rest)
+    budget = 2 * score_error(scoring, score)
+    differ = keep != exact_keep
+    assert not (keep & ~valid[:, None, None]).any(), "a masked group was kept"
+    cut = torch.where(exact_keep, score, torch.inf).amin(-1, keepdim=True)
+    above = torch.where(exact_keep, -torch.inf, score).amax(-1, keepdim=True)
+    far = ((score - cut).abs() > budget + 2 * score_error(scoring, cut)) & ((score - above).abs() > budget)
+    assert not (differ & far).any(), f"{(differ & far).sum()} groups differ that are not at the cut"
+    if case.density is not None and not case.dense_keys:
+        assert torch.equal(keep.sum(-1), exact_keep.sum(-1))
+    return differ.sum().item()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_cases(case, dtype, device, poison):
+    check(case, dtype, device)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", GROUPS)
+@pytest.mark.parametrize("m", SLICES)
+def test_every_slice_shape(m, n, device, poison):
+    check(Case(f"{m}x{n}", m=m, n=n, queries=1000, keys=1100, dim=128), torch.bfloat16, device)
+
+
+def test_heads_in_chunks(device, poison, monkeypatch):
+    monkeypatch.setattr(select_pooled, "SCORE_BYTES", 1)
+    check(replace(CASES[3], id="chunks", batch=2, heads=4), torch.float32, device)
+
+
+def test_equal_scores_are_taken_by_index(device):
+    """All keys the same: the kept groups are the first ones, whatever the order in which blocks are read."""
+    q, k, _ = make_qkv(1, 1, 1, 64, 200, 64, device=device)
+    k = k[:, :, :1].expand(-1, -1, 200, -1).contiguous()
+    mask = select_pooled.launch(q, k, None, None, 0.125, 64, 1, 16, 0.9, 0.35, 1.0, [], [])
+    assert unpack(mask, 200)[0, 0, 0].nonzero()[:, 0].tolist() == list(range(70))
+
+
+def test_same_bits_every_time(device):
+    scoring, selection = arguments(CASES[0], torch.float32, device)
+    assert torch.equal(select_pooled.launch(*scoring, *selection), select_pooled.launch(*scoring, *selection))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+def test_not_finite_scores_are_kept(value, device, poison):
+    """A key with a NaN is kept by every slice; a query with one makes its slice keep everything; the rest is as before."""
+    scoring, selection = arguments(replace(CASES[1], n=1, keys=150), torch.float32, device)
+    q, k, *rest = scoring
+    k[0, 0, 77, 3] = value
+    keep = unpack(select_pooled.launch(q, k, *rest, *selection), 150)
+    exact = unpack(reference.select_pooled(q, k, *rest, *selection), 150)
+    assert torch.equal(keep, exact)
+    assert value == torch.inf or keep[0, 0, :, 77].all()
+    k[0, 0, 77, 3] = 0
+    q[0, 1, 70, 3] = value
+    keep = unpack(select_pooled.launch(q, k, *rest, *selection), 150)
+    assert keep[0, 1, 1].sum() > 0 and not keep[0, 1, 0].all()
+    assert value == torch.inf or keep[0, 1, 1].all()
