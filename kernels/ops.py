@@ -238,7 +238,7 @@ def _attention_grad(ctx, dout, _):
 
 def _no_double_backward(ctx, *_):
     raise RuntimeError(
-        "fgattn::attention: there is no double backward; keep create_graph=False, or leave the model to another backend."
+        "fgattn::attention: there is no double backward; keep create_graph=False, or use another backend."
     )
 
 
