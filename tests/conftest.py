@@ -11,7 +11,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported: the portable kernels run on CPU tensors
 
-from fg_inductor import testing  # noqa: E402
+from fg_inductor import testing
 
 ROOT = Path(__file__).resolve().parent.parent
 
