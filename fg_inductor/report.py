@@ -105,6 +105,8 @@ class Meter:
 
     def wrap(self, compiled: Callable) -> Callable:
         """The compiled function without the extra outputs that ``passes.density`` appended."""
+        if not self.sites:
+            return compiled
 
         def run(*args):
             results = compiled(*args)
