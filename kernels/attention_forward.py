@@ -6,7 +6,7 @@ q, out     [B, Hq, Sq, D]    k, v [B, Hkv, Sk, D]    any strides, contiguous las
 lists      [B, H, T, G]      int32, ascending ids of the kept groups (``column_lists``), counts [B, H, T]
 bias       [B, Sk]           float32, -inf where a key is masked, or None
 order      [Sq]              int32: row i of query order is token order[i]; out and lse are in token order; or None
-tail_k, v  [B, Hkv, J, D]    summaries of the 128-key blocks, tail_bias [B, H, T, J] (base 2, -inf where nothing dropped)
+tail_k, v  [B, Hkv, J, D]    summaries of the 128-key blocks, tail_bias [B, H, T, J] (base 2; -inf: none dropped)
 lse        [B, Hq, Sq]       float32, natural log
 Grid       (T, heads of a chunk, B)
 
@@ -151,8 +151,10 @@ def _attention_fwd(
     acc = acc / tl.where(l_i == 0.0, 1.0, l_i)[:, None]
     lse = (m_i + tl.log2(l_i)) / LOG2_E
     lse = tl.where(l_i == 0.0, float("-inf"), lse)
-    # Looked up again: kept alive, the row addresses would cost the loop registers.
-    token, inside = _tokens(order_ptr, t * M, Sq, M, HAS_ORDER)
+    # The tokens are looked up again, from a number that the compiler can't know to be 0: as the same values they would
+    # be kept alive and cost the loop registers that it does not have.
+    zero = tl.load(counts_ptr + slice_index, volatile=True) - count
+    token, inside = _tokens(order_ptr, t * M + zero, Sq, M, HAS_ORDER)
     out_ptrs = out_ptr + b * stride_ob + h.to(tl.int64) * stride_oh + token[:, None] * stride_os + offs_d[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (offs_d < D)[None, :])
     tl.store(lse_ptr + (b * Hq + h) * Sq + token, lse, mask=inside)
@@ -180,7 +182,7 @@ def launch(
     tail: str,
     **override,
 ) -> tuple[Tensor, Tensor]:
-    """out [B, Hq, Sq, D] (BSHD storage) and lse; arguments as in ``kernels.ops``, ``override`` replaces table values."""
+    """out [B, Hq, Sq, D] (BSHD storage) and lse. Arguments as in ``kernels.ops``; ``override`` replaces table values."""
     B, Hq, Sq, D = q.shape
     Sk, T, G = k.shape[2], mask.shape[2], group_count(k.shape[2], n)
     share = Hq // k.shape[1]

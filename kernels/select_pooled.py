@@ -10,8 +10,8 @@ score   [B, heads, T, G]    float32 workspace for as many heads at once as fit S
 mask    [B, Hq, T, W]       int32, ``kernels.mask``
 
 Three kernels: ``_row_lse`` (normaliser of each pooled query), ``_scores``, and ``_select``, which finds the cut without
-sorting: scores are not negative, so their bits order them, and 31 halvings of the bit range find the largest value whose
-prefix is long enough. Equal scores are taken by index, so the mask is a function of the inputs alone. Products are in
+sorting: scores are not negative, so their bits order them, and 31 halvings of the bit range find the largest value
+whose prefix is long enough. Equal scores are taken by index, so the mask is a function of the inputs alone. Products are in
 the dtype of q, everything after them in float32. Meaning: ``reference.select_pooled``.
 """
 
@@ -152,7 +152,7 @@ def _select(
     if USE_MASS:
         total = 0.0
         for first in range(0, G, BLOCK):
-            _, mass = _load_scores(score_ptr, forced_ptr, first + offs, G, HAS_FORCED)
+            bits, mass = _load_scores(score_ptr, forced_ptr, first + offs, G, HAS_FORCED)
             total += tl.sum(mass)
         target = total * top_p
 
@@ -190,7 +190,7 @@ def _select(
         everything = tl.load(dense_ptr + t) != 0
     seen = 0
     for first in range(0, W * 32, BLOCK):
-        bits, _ = _load_scores(score_ptr, forced_ptr, first + offs, G, HAS_FORCED)
+        bits, mass = _load_scores(score_ptr, forced_ptr, first + offs, G, HAS_FORCED)
         at_cut = (bits == low).to(tl.int32)
         rank = seen + tl.cumsum(at_cut, 0)
         seen += tl.sum(at_cut)

@@ -156,7 +156,7 @@ def test_same_bits_every_time(device):
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
 def test_not_finite_scores_are_kept(value, device, poison):
-    """A key with a NaN is kept by every slice; a query with one makes its slice keep everything; the rest is as before."""
+    """A key with a NaN is kept by every slice; a query with one makes its slice keep everything; the rest stays."""
     scoring, selection = arguments(replace(CASES[1], n=1, keys=150), torch.float32, device)
     q, k, *rest = scoring
     k[0, 0, 77, 3] = value

@@ -29,7 +29,9 @@ def environment() -> dict:
         )
         commit = shown.stdout.strip() or "unknown"
     return {
-        "card": torch.cuda.get_device_name(),
+        "card": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {torch.get_num_threads()} threads",
         "torch": torch.__version__,
         "triton": triton.__version__,
         "cudnn": torch.backends.cudnn.version(),
