@@ -182,7 +182,7 @@ def launch(
     tail: str,
     **override,
 ) -> tuple[Tensor, Tensor]:
-    """out [B, Hq, Sq, D] (BSHD storage) and lse. Arguments as in ``kernels.ops``; ``override`` replaces table values."""
+    """out [B, Hq, Sq, D] (BSHD storage) and lse; arguments as in ``kernels.ops``, ``override`` for the table's."""
     B, Hq, Sq, D = q.shape
     Sk, T, G = k.shape[2], mask.shape[2], group_count(k.shape[2], n)
     share = Hq // k.shape[1]

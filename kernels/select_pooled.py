@@ -11,8 +11,8 @@ mask    [B, Hq, T, W]       int32, ``kernels.mask``
 
 Three kernels: ``_row_lse`` (normaliser of each pooled query), ``_scores``, and ``_select``, which finds the cut without
 sorting: scores are not negative, so their bits order them, and 31 halvings of the bit range find the largest value
-whose prefix is long enough. Equal scores are taken by index, so the mask is a function of the inputs alone. Products are in
-the dtype of q, everything after them in float32. Meaning: ``reference.select_pooled``.
+whose prefix is long enough. Equal scores are taken by index: the mask is a function of the inputs alone. Products are
+in the dtype of q, everything after them in float32. Meaning: ``reference.select_pooled``.
 """
 
 import math

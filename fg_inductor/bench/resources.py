@@ -1,0 +1,130 @@
+"""What the compiler makes of each kernel for sm_90, read without a GPU.
+
+    python -m fg_inductor bench resources
+
+Registers and stack of a thread, shared memory of a program, and what its hottest loop holds: tensor-core instructions
+(HGMMA: Hopper's own; HMMA: the older), 16-byte asynchronous copies, and loads from spilled registers.
+"""
+
+import argparse
+import re
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from fg_inductor.bench.common import save, show
+from fg_inductor.kernels import attention_forward, column_lists, group_means, select_pooled
+
+COLUMNS = ["kernel", "variant", "registers", "stack", "shared", "HGMMA", "HMMA", "copies", "spill loads"]
+POINTERS = {
+    "lists_ptr": "*i32", "counts_ptr": "*i32", "order_ptr": "*i32", "mask_ptr": "*i32", "limit_ptr": "*i32",
+    "lse_ptr": "*fp32", "bias_ptr": "*fp32", "score_ptr": "*fp32", "tail_bias_ptr": "*fp32",
+    "group_keys_ptr": "*fp32", "block_keys_ptr": "*fp32", "block_bias_ptr": "*fp32",
+    "forced_ptr": "*i8", "dense_ptr": "*i8",
+}  # fmt: skip
+FLOATS = ("qk_scale", "last_bias", "top_p")
+
+
+def compile_for_hopper(kernel, constants: dict, **options):
+    """The kernel compiled for sm_90; sizes as int32, strides and pointers divisible by 16, tensors bfloat16."""
+    signature, attributes = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name] = "constexpr"
+        elif name.endswith("_ptr"):
+            signature[name] = POINTERS.get(name, "*bf16")
+        else:
+            signature[name] = "fp32" if name in FLOATS else "i32"
+        if signature[name].startswith("*") or name.startswith("stride_"):
+            attributes[(i,)] = [["tt.divisibility", 16]]
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+
+
+def _cuobjdump(cubin: bytes, what: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        return subprocess.run([tool, what, file.name], capture_output=True, text=True, check=True).stdout
+
+
+def hottest_loop(sass: str) -> list[str]:
+    """Instructions of the loop with the most tensor-core work, else of the longest; loops end in backward branches."""
+    found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.M)
+    code = [(int(address, 16), text) for address, text in found]
+    loops = [[]]
+    for address, text in code:
+        target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
+        if target and int(target[1], 16) < address:
+            loops.append([x for a, x in code if int(target[1], 16) <= a <= address])
+    return max(loops, key=lambda body: (sum("MMA" in x for x in body), len(body)))
+
+
+def resources(kernel, variant: str, constants: dict, **options) -> dict:
+    """A row of the table."""
+    compiled = compile_for_hopper(kernel, constants, **options)
+    usage = _cuobjdump(compiled.asm["cubin"], "--dump-resource-usage")
+    loop = hottest_loop(_cuobjdump(compiled.asm["cubin"], "--dump-sass"))
+    return {
+        "kernel": kernel.__name__,
+        "variant": variant,
+        "registers": int(re.search(r"REG:(\d+)", usage)[1]),
+        "stack": int(re.search(r"STACK:(\d+)", usage)[1]),
+        "shared": compiled.metadata.shared,
+        "HGMMA": sum("HGMMA" in x for x in loop),
+        "HMMA": sum(bool(re.search(r"\bHMMA", x)) for x in loop),
+        "copies": sum("LDGSTS" in x and ".128" in x for x in loop),
+        "spill loads": sum("LDL" in x for x in loop),
+    }
+
+
+def attention(m: int, n: int, d: int, *, bias=False, order=False, tail=False) -> dict:
+    """``attention_forward`` as its launcher configures it."""
+    config = attention_forward.configuration(torch.bfloat16, d, m)
+    warps = config.pop("num_warps")
+    constants = dict(D=d, BLOCK_D=triton.next_power_of_2(d), M=m, N=n, WIDE=False, PRECISION="tf32", **config)
+    constants |= dict(HAS_BIAS=bias, HAS_ORDER=order, TAIL=tail)
+    absent = {"bias_ptr": bias, "order_ptr": order, "tail_k_ptr": tail, "tail_v_ptr": tail, "tail_bias_ptr": tail}
+    constants |= {name: None for name, there in absent.items() if not there}
+    flags = "".join(f" {name}" for name, on in (("bias", bias), ("order", order), ("tail", tail)) if on)
+    return resources(attention_forward._attention_fwd, f"{m}x{n} D {d}{flags}", constants, num_warps=warps)
+
+
+def table() -> list[dict]:
+    """Every kernel in the variants that matter."""
+    rows = [attention(m, 8, 128) for m in (128, 64, 32, 16)]
+    rows += [attention(128, 1, 128), attention(128, 8, 64), attention(128, 8, 96)]
+    rows += [attention(128, 8, 128, **{flag: True}) for flag in ("bias", "order", "tail")]
+    lists = dict(N=8, BLOCK=column_lists.BLOCK, SUMMARY=128)
+    absent = dict.fromkeys(("tail_bias_ptr", "group_keys_ptr", "block_keys_ptr", "block_bias_ptr"))
+    rows.append(resources(column_lists._column_lists, "N 8", lists | absent | {"TAIL": False}))
+    rows.append(resources(column_lists._column_lists, "N 8 tail", lists | {"TAIL": True}))
+    means = dict(D=128, BLOCK_D=128, N=16, ROWS=group_means.ROWS, HAS_ORDER=True, HAS_BIAS=False, bias_ptr=None)
+    rows.append(resources(group_means._group_means, "N 16 order", means))
+    scoring = dict(D=128, BLOCK_D=128, BLOCK_R=select_pooled.BLOCK_R, BLOCK_G=64, HAS_BIAS=False, PRECISION="tf32")
+    scoring["bias_ptr"] = None
+    rows.append(resources(select_pooled._row_lse, "D 128", scoring))
+    rows.append(resources(select_pooled._scores, "D 128 P 8", scoring | {"P": 8}))
+    choice = dict(BLOCK=4096, HAS_FORCED=False, HAS_DENSE=False, forced_ptr=None, dense_ptr=None)
+    rows += [resources(select_pooled._select, f"mass {mass}", choice | {"USE_MASS": mass}) for mass in (False, True)]
+    return rows
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m fg_inductor bench resources", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--out", help="a JSON file for the rows")
+    args = parser.parse_args(argv)
+    rows = table()
+    show(rows, COLUMNS)
+    save(rows, args.out)
+
+
+if __name__ == "__main__":
+    main()
