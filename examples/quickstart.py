@@ -54,7 +54,7 @@ def main() -> None:
     print(f"\n{report}\n")
 
     quality = tiny_dit.psnr(sparse, dense)
-    gain = dense_seconds / seconds
+    times = f"{dense_seconds:.3f} s dense, {seconds:.3f} s sparse"
     print(
         f"a step takes   {dense_seconds:.3f} s dense, {seconds:.3f} s sparse: {gain:.2f}x (both compiled by Inductor)"
     )
@@ -66,7 +66,7 @@ def main() -> None:
     mask, order = mask_of_layer(model, args.layer, noisy, NOISE, grid, settings)
     picture = pictures.draw(
         clip, noisy, dense, sparse, mask[0, args.head].cpu(), order.cpu(), grid, settings,
-        title=f"sparse against dense: {quality:.1f} dB PSNR; a step {dense_seconds:.3f} s dense, {seconds:.3f} s sparse",
+        title=f"sparse against dense: {quality:.1f} dB PSNR; a step takes {times}",
         head=f"layer {args.layer}, head {args.head}",
     )  # fmt: skip
     picture.savefig(args.out, dpi=110)

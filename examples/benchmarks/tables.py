@@ -1,0 +1,97 @@
+"""Write the generated parts of README.md: measured tables from results/*.json, and the table of options.
+
+    python examples/benchmarks/tables.py            rewrite them
+    python examples/benchmarks/tables.py --check    fail if README.md is out of date
+
+A file of results is a list of records: ``bench``, ``card``, ``torch``, ``triton``, ``commit``, ``variant``,
+``median_ms``, ``baseline``, ``baseline_ms``, ``ratio`` and whatever else that benchmark measures. One table is made for
+each file and environment. A value that all its records share is said once, above the table.
+"""
+
+import argparse
+import itertools
+import json
+from pathlib import Path
+
+from fg_inductor.settings import options_table
+
+HERE = Path(__file__).resolve().parent
+README = HERE.parent.parent / "README.md"
+ENVIRONMENT = ("bench", "card", "torch", "triton", "commit")
+LABELS = {
+    "median_ms": "ms", "baseline_ms": "baseline, ms", "ratio": "speed-up", "kept": "kept density", "rate": "rate kept",
+    "slice": "M x N", "psnr_db": "PSNR, dB", "lists_ms": "lists, ms", "select_ms": "selection, ms",
+}  # fmt: skip
+LAST = ("baseline", "baseline_ms", "median_ms", "ratio")  # in this order at the right of each table
+
+
+def measured_tables(folder: Path = HERE / "results") -> str:
+    """All result files as Markdown, in the order of their names."""
+    parts = []
+    for path in sorted(folder.glob("*.json")):
+        records = json.loads(path.read_text())
+        for _, rows in itertools.groupby(records, lambda r: [r.get(name) for name in ENVIRONMENT]):
+            parts.append(_table(path.name, list(rows)))
+    return "\n\n".join(parts)
+
+
+def _table(file: str, rows: list[dict]) -> str:
+    names = list(dict.fromkeys(name for row in rows for name in row if row[name] is not None))
+    names = [n for n in names if n not in (*ENVIRONMENT, *LAST)] + [n for n in LAST if n in names]
+    shared = {n for n in names if len(rows) > 1 and all(r.get(n) == rows[0].get(n) for r in rows)}
+    facts = "; ".join(f"{LABELS.get(n, n)} {_text(rows[0][n], n)}" for n in names if n in shared)
+    env = rows[0]
+    head = (
+        f"**{env['bench']}** on {env['card']}, torch {env['torch']}, Triton {env.get('triton')}, commit {env['commit']}"
+    )
+    columns = [n for n in names if n not in shared]
+    lines = [
+        f"{head} (`{file}`){': ' + facts if facts else ''}.",
+        "",
+        "| " + " | ".join(LABELS.get(n, n) for n in columns) + " |",
+        "| " + " | ".join("---:" if isinstance(rows[0].get(n), (int, float)) else "---" for n in columns) + " |",
+        *("| " + " | ".join(_text(row.get(n), n) for n in columns) + " |" for row in rows),
+    ]
+    return "\n".join(lines)
+
+
+def _text(value, name: str) -> str:
+    if value is None:
+        return ""
+    if name == "ratio":
+        return f"{value:.2f}x"
+    if isinstance(value, float):
+        return f"{value:.3g}" if abs(value) < 1 else f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{k} {v}" for k, v in value.items())
+    if isinstance(value, list):
+        return " x ".join(map(str, value))
+    return str(value)
+
+
+def updated(text: str) -> str:
+    """README's text with its generated sections made anew. Raises ValueError where a marker is missing."""
+    for name, body in {"measured": measured_tables(), "options": options_table()}.items():
+        begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+        before, found, rest = text.partition(begin)
+        _, closed, after = rest.partition(end)
+        if not (found and closed):
+            raise ValueError(f"tables: {README.name} has no section between {begin} and {end}; put the markers back.")
+        text = f"{before}{begin}\n{body}\n{end}{after}"
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if README.md is out of date")
+    args = parser.parse_args()
+    old = README.read_text()
+    new = updated(old)
+    if args.check and old != new:
+        parser.exit(1, "README.md is out of date: run python examples/benchmarks/tables.py\n")
+    if not args.check:
+        README.write_text(new)
+
+
+if __name__ == "__main__":
+    main()
