@@ -1,22 +1,27 @@
-"""Small helpers over FX graphs that Dynamo or ``torch.export`` made. Nothing here adds a guard."""
+"""Reading and extending FX graphs that Dynamo or ``torch.export`` made. Nothing here adds a guard."""
 
 import contextlib
+import functools
+import operator
 import re
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, Node
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols, statically_known_true
+from torch.fx.node import map_arg
+
+try:
+    from torch.fx.experimental.symbolic_shapes import optimization_hint
+except ImportError:  # torch 2.11
+    from torch.fx.experimental.symbolic_shapes import size_hint as optimization_hint
 
 VALUE_KEYS = ("example_value", "val")  # Dynamo's name and export's
 
 
-def value(node):
-    """The fake value of a node, or None."""
-    if not isinstance(node, Node):
-        return None
-    return next((node.meta[key] for key in VALUE_KEYS if key in node.meta), None)
+# Sizes
 
 
 def known(condition) -> bool:
@@ -29,9 +34,49 @@ def same(a, b) -> bool:
     return known(a == b)
 
 
+def product(sizes):
+    """Product of sizes, 1 for none."""
+    return functools.reduce(operator.mul, sizes, 1)
+
+
+def hint(size) -> int | None:
+    """The size that the graph was traced with, None where only run time knows it. Never adds a guard."""
+    return None if not isinstance(size, int) and free_unbacked_symbols(size) else optimization_hint(size)
+
+
 def shape_text(x: Tensor) -> str:
     """``1x12x32760x128``; a symbolic size is printed as its expression."""
     return "x".join(str(size) for size in x.shape)
+
+
+# Reading nodes
+
+
+def value(node):
+    """The fake value of a node, or None."""
+    if not isinstance(node, Node):
+        return None
+    return next((node.meta[key] for key in VALUE_KEYS if key in node.meta), None)
+
+
+def name(node: Node) -> str:
+    """The bare name of what a node calls: ``linear`` for ``F.linear`` and for ``aten.linear.default`` alike."""
+    target = node.target
+    if isinstance(target, torch._ops.OpOverload):
+        return target._schema.name.rpartition("::")[2]
+    return target if isinstance(target, str) else getattr(target, "__name__", str(target))
+
+
+def names(text: str) -> frozenset[str]:
+    """A set of such names."""
+    return frozenset(text.split())
+
+
+def argument(node: Node, position: int, *keywords: str, default=None):
+    """An argument of a call, given by position or by keyword."""
+    if len(node.args) > position:
+        return node.args[position]
+    return next((node.kwargs[key] for key in keywords if key in node.kwargs), default)
 
 
 def module_path(node: Node) -> str:
@@ -39,10 +84,15 @@ def module_path(node: Node) -> str:
     stack = node.meta.get("nn_module_stack")
     if not stack:
         return ""
-    path = list(stack.values())[-1][0]
-    path = re.sub(r"\.__dict__\['_modules'\]", "", path)
-    path = re.sub(r"\['([^']*)'\]", r".\1", path)
-    return re.sub(r"^L\.(self|\w+)\.?|^L\W?|^\.", "", path)
+    path = list(stack.values())[-1][
+        0
+    ]  # L['self'].blocks.0.attn1; the children of a module may be read off its __dict__
+    parts = re.sub(r"\.?__dict__\['_modules'\]|\._modules\b|\['|'\]|\[|\]", ".", path).split(".")
+    parts = [part for part in parts if part]
+    return ".".join(parts[2:] if parts[:1] == ["L"] else parts)
+
+
+# Adding nodes
 
 
 def fake_mode(node: Node):
@@ -51,15 +101,58 @@ def fake_mode(node: Node):
     return next((fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor)), None)
 
 
-def call(graph: Graph, target, args: tuple, origin: Node, values: tuple | None = None) -> Node:
+def call(graph: Graph, target, args: tuple, origin: Node, cast: torch.dtype | None = None) -> Node:
     """Insert ``target(*args)`` at the insertion point, with its fake value and the metadata of ``origin``.
 
-    Without a fake value on every node AOTAutograd's cache is silently off. ``values`` replaces the fake arguments.
+    Without a fake value on every node AOTAutograd's cache is silently off. ``cast`` is the dtype that autocast gives
+    floating-point arguments at this place of the program, where it is on.
     """
     node = graph.call_function(target, args)
+    node.meta = {key: x for key, x in origin.meta.items() if key in ("nn_module_stack", "stack_trace", "custom")}
+
+    def fake(n: Node):
+        x = value(n)
+        return x.to(cast) if cast and isinstance(x, Tensor) and x.is_floating_point() else x
+
     key = next((key for key in VALUE_KEYS if key in origin.meta), VALUE_KEYS[0])
-    node.meta = {k: v for k, v in origin.meta.items() if k in ("nn_module_stack", "stack_trace", "custom")}
-    fakes = torch.fx.node.map_arg(args, value) if values is None else values
     with fake_mode(origin) or contextlib.nullcontext():
-        node.meta[key] = target(*fakes)
+        node.meta[key] = target(*map_arg(args, fake))
     return node
+
+
+@dataclass(frozen=True)
+class Extent:
+    """A size, and a tensor with the dimension that has it: where a graph can read it if it is symbolic."""
+
+    size: int | torch.SymInt
+    node: Node | None = None
+    dim: int = 0
+
+    @property
+    def key(self):
+        """Equal for extents that are read from one place. (SymInts are not compared: that would add a guard.)"""
+        return self.size if isinstance(self.size, int) else (self.node, self.dim)
+
+    def readable(self, graph: Graph) -> bool:
+        """Whether nodes of ``graph`` can use the size."""
+        return isinstance(self.size, int) or self.node.graph is graph
+
+    def read(self, graph: Graph, origin: Node) -> int | Node:
+        """The size as an argument, of a new node where it is symbolic."""
+        if isinstance(self.size, int):
+            return self.size
+        return call(graph, torch.ops.aten.sym_size.int, (self.node, self.dim), origin)
+
+
+def size_of(graph: Graph, node: Node, dim: int, origin: Node) -> int | Node:
+    """A size of a tensor of ``graph`` as an argument."""
+    return Extent(value(node).shape[dim], node, dim).read(graph, origin)
+
+
+def add(graph: Graph, a: int | Node, b: int | Node, origin: Node) -> int | Node:
+    """The sum of two arguments, folded where it can be."""
+    if isinstance(a, int) and isinstance(b, int):
+        return a + b
+    if 0 in (a, b):
+        return b if a == 0 else a
+    return call(graph, operator.add, (a, b), origin)

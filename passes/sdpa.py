@@ -1,78 +1,160 @@
-"""Find scaled-dot-product attention, decide, and rewrite it to ``fgattn::select_pooled`` and ``fgattn::attention``."""
+"""Find scaled-dot-product attention, decide, and rewrite it to ``fgattn::select_pooled`` and ``fgattn::attention``.
 
-import inspect
+It works on Dynamo's graph (and export's), where a site is one call as the user wrote it; after AOTAutograd it is a
+device kernel with its backward. ``sdpa_kernel(...)`` chooses among dense kernels and does not keep a site from it.
+"""
+
+import logging
 import operator
+from dataclasses import dataclass, field
 
 import torch
-import torch.nn.functional as F
-from torch.fx import GraphModule, Node
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
 
-from fg_inductor.passes.graph import call, known, module_path, shape_text, value
+from fg_inductor.kernels import ops
+from fg_inductor.passes import key_mask, provenance, segments
+from fg_inductor.passes.graph import Extent, add, call, known, module_path, product, same, shape_text, value
+from fg_inductor.passes.layout import Layout
+from fg_inductor.passes.program import Program
+from fg_inductor.passes.refusal import Call, refusal
 from fg_inductor.passes.site import Site
+from fg_inductor.passes.token_grid import TokenGrid
 
+log = logging.getLogger(__name__)
+
+# F.scaled_dot_product_attention is the first, unless somebody has patched it.
 SDPA = (
-    F.scaled_dot_product_attention,
+    torch._C._nn.scaled_dot_product_attention,
     torch.ops.aten.scaled_dot_product_attention,
     torch.ops.aten.scaled_dot_product_attention.default,
-)
-SIGNATURE = inspect.signature(
-    lambda query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False: None
 )
 
 
 def rewrite(gm: GraphModule, settings) -> list[Site]:
-    """Rewrite the sites of ``gm`` and its child graphs in place; one Site for each attention call found."""
-    sites = []
-    for module in [m for m in gm.modules() if isinstance(m, GraphModule)]:
-        for node in [n for n in module.graph.nodes if n.op == "call_function" and n.target in SDPA]:
-            sites.append(_rewrite(node, len(sites), settings))
-        module.graph.lint()
-        module.recompile()
-    return sites
+    """Rewrite the sites of ``gm`` and of its child graphs in place.
+
+    One Site for each call of SDPA, in execution order; sites rewritten by an earlier call are counted in ``index`` and
+    not listed. Where the pass itself fails, the site is left as it was; under ``settings.strict`` the error is raised.
+    """
+    program = Program(gm)
+    calls = [n for n in program.nodes if n.op == "call_function" and n.target in (*SDPA, ops.attention)]
+    if not any(n.target in SDPA for n in calls):
+        return []
+    rewriter = _Rewriter(settings, program, Layout(program), TokenGrid(program))
+    try:
+        return [rewriter.visit(node, index) for index, node in enumerate(calls) if node.target in SDPA]
+    finally:
+        for module in gm.modules():
+            if isinstance(module, GraphModule) and module.graph in rewriter.touched:
+                module.graph.lint()
+                module.recompile()
 
 
-def _rewrite(node: Node, index: int, settings) -> Site:
-    bound = SIGNATURE.bind(*node.args, **node.kwargs)
-    bound.apply_defaults()
-    q, k, v, attn_mask, dropout_p, is_causal, scale, _ = bound.args
-    q_value, k_value = value(q), value(k)
-    row = {
-        "path": module_path(node),
-        "index": index,
-        "kind": "unknown",
-        "query": shape_text(q_value),
-        "key": shape_text(k_value),
-        "dtype": str(value(node).dtype).removeprefix("torch."),
-    }
+@dataclass
+class _Rewriter:
+    settings: object
+    program: Program
+    layout: Layout
+    grids: TokenGrid
+    touched: set[Graph] = field(default_factory=set)
+    orders: dict[tuple, Node] = field(default_factory=dict)  # where it is used and of what -> query order
 
-    def dense(reason):
-        return Site(**row, decision="dense", reason=reason)
+    def visit(self, node: Node, index: int) -> Site:
+        """Decide on one site and rewrite it."""
+        row = _describe(node, index)
+        last = node.prev
+        try:
+            attention = Call.of(node)
+            row["kind"] = provenance.kind_of(self.program, attention.query, attention.key)
+            refused = refusal(attention, row["kind"], self.program, self.layout, self.settings)
+            if refused:
+                return Site(**row, decision="dense", reason=refused.reason, detail=refused.detail, video=refused.video)
+            min_seq, details = self._replace(attention, row["kind"], index)
+        except Exception as error:
+            while node.prev is not last:
+                node.graph.erase_node(node.prev)
+            if self.settings.strict:
+                raise
+            where = row["path"] or f"site {index}"
+            log.exception("fgattn: the pass failed on %s, which stays dense; please report this.", where)
+            detail = f"{type(error).__name__}: {error}"
+            return Site(**row, decision="dense", reason="error in the pass", detail=detail, video=True)
+        reason = f"dense below {min_seq} tokens" if min_seq else ""
+        return Site(**row, decision="rewritten", reason=reason, video=True, details=details)
 
-    if settings.mask == "dense":
-        return dense("fgattn.mask is 'dense'")
-    if is_causal:
-        return dense("causal")
-    if dropout_p:
-        return dense("dropout")
-    if attn_mask is not None:
-        return dense("mask is not a key mask")
-    if q_value.dim() != 4:
-        return dense("not 4-D")
-    lengths = (q_value.shape[2], k_value.shape[2])
-    if any(known(s < settings.min_seq) for s in lengths):
-        return dense("shorter than min_seq")
-    min_seq = 0 if all(known(s >= settings.min_seq) for s in lengths) else settings.min_seq
-    scale = q_value.shape[3] ** -0.5 if scale is None else scale
-    graph, m, n = node.graph, settings.m, settings.n
-    with graph.inserting_before(node):
-        select_args = (q, k, None, None, scale, m, n, settings.pool, settings.top_p, settings.density)
-        mask = call(
-            graph, torch.ops.fgattn.select_pooled.default, (*select_args, settings.max_density, [], [], min_seq), node
-        )
-        attention_args = (q, k, v, mask, None, None, scale, m, n, settings.tail, min_seq)
-        attention = call(graph, torch.ops.fgattn.attention.default, attention_args, node)
-        out = call(graph, operator.getitem, (attention, 0), node)
-    attention.meta["fgattn_site"] = index
-    node.replace_all_uses_with(out)
-    graph.erase_node(node)
-    return Site(**row, decision="rewritten", reason=f"dense below {min_seq} tokens" if min_seq else "")
+    def _replace(self, attention: Call, kind: str, index: int) -> tuple[int, dict]:
+        node, graph, settings = attention.node, attention.node.graph, self.settings
+        q, k, v = attention.query, attention.key, attention.value
+        lengths = [value(x).shape[2] for x in (q, k)]
+        min_seq = 0 if all(known(x >= settings.min_seq) for x in lengths) else settings.min_seq
+        of_queries, of_keys = self._segments(q, k, kind)
+        details = {"text": segments.ranges_text(of_keys)} if of_keys else {}
+        with graph.inserting_before(node):
+            bias = None
+            if attention.attn_mask is not None:
+                bias = key_mask.key_bias(graph, attention.attn_mask, q, k, node)
+                details["key_mask"] = shape_text(value(attention.attn_mask))
+            dense_keys, dense_queries = (segments.text_ranges(graph, x, node) for x in (of_keys, of_queries))
+            order = self._order(q, of_queries, node, details)
+            shape = (attention.factor, settings.m, settings.n)
+            cast = value(node).dtype
+            density = (settings.pool, settings.top_p, settings.density, settings.max_density)
+            select_args = (q, k, bias, order, *shape, *density, dense_keys, dense_queries, min_seq)
+            mask = call(graph, ops.select_pooled, select_args, node, cast)
+            attention_args = (q, k, v, mask, bias, order, *shape, settings.tail, min_seq)
+            result = call(graph, ops.attention, attention_args, node, cast)
+            out = call(graph, operator.getitem, (result, 0), node)
+        result.meta["fgattn_site"] = index
+        node.replace_all_uses_with(out)
+        graph.erase_node(node)
+        self.touched.add(graph)
+        return min_seq, details
+
+    def _segments(self, q: Node, k: Node, kind: str) -> tuple[segments.Segments, segments.Segments]:
+        """The segments of the queries and of the keys; those of one hold for both where they are the same tokens."""
+        of_queries, of_keys = (segments.without_empty(self.layout.segments(x, 2)) for x in (q, k))
+        if kind != "mixed" and same(value(q).shape[2], value(k).shape[2]):
+            return of_queries or of_keys, of_keys or of_queries
+        return of_queries, of_keys
+
+    def _order(self, q: Node, of_queries: segments.Segments, node: Node, details: dict) -> Node | None:
+        """The query order of cubes of the token grid: one node a graph for each (grid, m, text)."""
+        settings, graph = self.settings, node.graph
+        if settings.token_grid is None:
+            return None
+        of_queries = of_queries or (Extent(value(q).shape[2], q, 2),)
+        at = segments.video_index(of_queries)
+        tokens = of_queries[at].size
+        if settings.token_grid == "auto":
+            grid = self.grids.find(tokens)
+        else:
+            grid = tuple(Extent(size) for size in settings.token_grid)
+            if not same(product(settings.token_grid), tokens):
+                shape = "x".join(map(str, settings.token_grid))
+                details["order"] = f"none: fgattn.token_grid {shape} has not the {tokens} tokens of the video"
+                return None
+        text = (*of_queries[:at], *of_queries[at + 1 :])
+        if grid is None or not all(x.readable(graph) for x in (*grid, *text)):
+            return None
+        details["token_grid"] = "x".join(str(x.size) for x in grid)
+        key = (graph, at, settings.m, value(q).device, *(x.key for x in (*grid, *text)))
+        if key not in self.orders:
+            sizes = [x.read(graph, node) for x in grid]
+            for part in (of_queries[:at], of_queries[at + 1 :]):
+                total = 0
+                for x in part:
+                    total = add(graph, total, x.read(graph, node), node)
+                sizes.append(total)
+            args = (*sizes, settings.m, value(q).device)
+            self.orders[key] = call(graph, torch.ops.fgattn.query_order.default, args, node)
+        return self.orders[key]
+
+
+def _describe(node: Node, index: int) -> dict:
+    shapes = {}
+    for position, keyword in enumerate(("query", "key")):
+        x = value(node.args[position] if len(node.args) > position else node.kwargs.get(keyword))
+        shapes[keyword] = shape_text(x) if isinstance(x, Tensor) else ""
+    dtype = str(getattr(value(node), "dtype", "")).removeprefix("torch.")
+    return {"path": module_path(node), "index": index, "kind": "unknown", **shapes, "dtype": dtype}

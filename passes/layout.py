@@ -1,0 +1,120 @@
+"""What the dimensions of each tensor hold: sequences concatenated from segments, and tokens folded into the batch.
+
+One forward pass over the graph. A concatenation of token sequences marks its dimension with the segments (text, video);
+the marks follow the tokens through projections, norms, transposes, reshapes and attention, so that a site knows its
+segments although the concatenation lies above the projection, or many layers above.
+"""
+
+from torch import Tensor
+from torch.fx import Node
+
+from fg_inductor.passes.graph import Extent, argument, name, names, product, same, value
+from fg_inductor.passes.program import Program
+
+RESHAPES = names("view reshape flatten unflatten _unsafe_view squeeze unsqueeze view_as")
+# Operators after which tokens stand elsewhere, or not all of them are left.
+REORDERS = names("index_select gather take_along_dim index_copy index_put scatter flip roll sort argsort index narrow")
+# Dimensions that these made hold copies or separate inputs (as for classifier-free guidance), not tokens.
+NEW_DIMENSIONS = names("stack expand repeat unsqueeze")
+
+
+class Layout:
+    """``segments(node, dim)`` and ``is_folded(node)`` for every node of a program."""
+
+    def __init__(self, program: Program):
+        self._marks: dict[Node, dict[int, tuple[Extent, ...]]] = {}
+        self._folded: set[Node] = set()
+        for node in program.nodes:
+            if _tensor(node) is not None:
+                self._visit(node, [x for x in program.inputs(node) if _tensor(x) is not None])
+
+    def segments(self, node: Node, dim: int) -> tuple[Extent, ...]:
+        """The segments of a dimension in order; empty if it was not concatenated, or nothing is known of it."""
+        return self._marks.get(node, {}).get(dim, ())
+
+    def is_folded(self, node: Node) -> bool:
+        """Whether the batch dimension counts frames or positions, by a reshape upstream: factorised attention."""
+        return node in self._folded
+
+    def _visit(self, node: Node, inputs: list[Node]) -> None:
+        marks = _concatenated(node) if name(node) in ("cat", "concat") else {}
+        for source in inputs if name(node) not in REORDERS else ():
+            for dim, segments in self._marks.get(source, {}).items():
+                target = _carried(source, dim, node)
+                if target is not None:
+                    marks.setdefault(target, segments)
+        if marks:
+            self._marks[node] = marks
+        if any(self._folds(source, node) for source in inputs):
+            self._folded.add(node)
+
+    def _folds(self, source: Node, node: Node) -> bool:
+        x, y = _tensor(source).shape, _tensor(node).shape
+        if not x or not y:
+            return False
+        if same(x[0], y[0]):
+            return source in self._folded
+        if name(node) not in RESHAPES or len(y) < 3 or name(source) in NEW_DIMENSIONS:
+            return False
+        return any(same(product(x[:dims]), y[0]) for dims in range(2, len(x)))
+
+
+def _tensor(node: Node) -> Tensor | None:
+    """The value of a node; of a tuple (chunk, split, unbind) the first part."""
+    x = value(node)
+    if isinstance(x, (tuple, list)):
+        x = next((part for part in x if isinstance(part, Tensor)), None)
+    return x if isinstance(x, Tensor) else None
+
+
+def _concatenated(node: Node) -> dict[int, tuple[Extent, ...]]:
+    parts = argument(node, 0, "tensors")
+    dim = argument(node, 1, "dim", "axis", default=0) % _tensor(node).dim()
+    if len(parts) < 2:
+        return {}
+    return {dim: tuple(Extent(value(part).shape[dim], part, dim) for part in parts)}
+
+
+def _carried(source: Node, dim: int, node: Node) -> int | None:
+    """The dimension of ``node`` that holds the tokens of dimension ``dim`` of ``source``, if one does."""
+    x, y = _tensor(source).shape, _tensor(node).shape
+    target = _moved(source, dim, node, x, y)
+    return target if target is not None and 0 <= target < len(y) and same(x[dim], y[target]) else None
+
+
+def _moved(source: Node, dim: int, node: Node, x, y) -> int | None:
+    method, rank = name(node), len(x)
+    if method in ("transpose", "swapaxes"):
+        swap = [argument(node, i, f"dim{i - 1}") % rank for i in (1, 2)]
+        return swap[1 - swap.index(dim)] if dim in swap else dim
+    if method == "permute":
+        order = argument(node, 1, "dims")
+        order = node.args[1:] if isinstance(order, int) else order
+        return [d % rank for d in order].index(dim)
+    if method in ("unbind", "select"):
+        removed = argument(node, 1, "dim", default=0) % rank
+        return None if removed == dim else dim - (removed < dim)
+    if method == "stack":
+        return dim + (argument(node, 1, "dim", default=0) % len(y) <= dim)
+    if method in RESHAPES:
+        before = product(x[:dim])
+        return next((d for d in range(len(y)) if same(y[d], x[dim]) and same(product(y[:d]), before)), None)
+    if method == "getitem" and isinstance(value(source), Tensor):
+        return _indexed(node.args[1], dim, rank)
+    return dim + len(y) - rank  # one to one, broadcast from the right: norms, projections, arithmetic, attention
+
+
+def _indexed(index, dim: int, rank: int) -> int | None:
+    index = list(index) if isinstance(index, (tuple, list)) else [index]
+    if any(isinstance(i, Node) and _tensor(i) is not None for i in index):
+        return None
+    if Ellipsis in index:
+        at = index.index(Ellipsis)
+        index[at : at + 1] = [slice(None)] * (rank - sum(i is not None for i in index) + 1)
+    target = 0
+    for i in index:
+        if dim == 0 and i is not None:
+            return target if isinstance(i, slice) else None
+        target += i is None or isinstance(i, slice)
+        dim -= i is not None
+    return target + dim

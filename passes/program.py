@@ -1,0 +1,116 @@
+"""A graph with its child graphs as one program: execution order, and the data flow across their borders."""
+
+import operator
+import re
+from collections import defaultdict
+
+import torch
+from torch import Tensor
+from torch.fx import Graph, GraphModule, Node
+from torch.fx.node import map_arg
+
+from fg_inductor.passes.graph import name, names, value
+
+# Results that share the storage of their first argument: a write to one is a write to the other.
+VIEWS = names(
+    "getitem view reshape transpose permute unsqueeze squeeze flatten unflatten select narrow expand chunk split "
+    "split_with_sizes unbind view_as t swapaxes movedim"
+)
+ALLOCATIONS = names("empty_like zeros_like ones_like full_like empty zeros new_empty new_zeros")
+
+
+class Program:
+    """The nodes of a graph and of its child graphs, and what flows between them.
+
+    nodes    in execution order: a child graph (the body of a checkpointed region) comes before the node that calls it
+    callers  child graph -> the node that calls it (the first, if it is called several times)
+    """
+
+    def __init__(self, gm: GraphModule):
+        self.nodes: list[Node] = []
+        self.callers: dict[Graph, Node] = {}
+        self._weights: set[Node] = set()  # computed from parameters and buffers alone
+        self._data: set[Node] = set()  # tensors computed from an input of the graph
+        self._writes: dict[Node, list[Node]] = defaultdict(list)  # tensor -> what is stored into it or a view of it
+        self._border: dict[Node, list[Node]] = {}  # inputs of a node where they lie in another graph
+        self._results: dict[Node, list] = {}  # call of a child graph -> its results
+        self._enter(gm)
+
+    def inputs(self, node: Node) -> list[Node]:
+        """Nodes whose values ``node`` is computed from, values stored into it included."""
+        stored = self._writes.get(node, [])
+        if name(node) in ALLOCATIONS and (stored or name(node) != "empty_like"):
+            return stored
+        return self._border.get(node, node.all_input_nodes) + stored
+
+    def activations(self, node: Node) -> list[Node]:
+        """The inputs that are tensors and depend on the input of the graph: no weights, constants, sizes."""
+        return [x for x in self.inputs(node) if x in self._data]
+
+    def has_weight_matrix(self, node: Node) -> bool:
+        """Whether an input is a weight of two or more dimensions (a norm's weight has one)."""
+        weights = (value(x) for x in node.all_input_nodes if x in self._weights)
+        return any(not isinstance(w, Tensor) or w.dim() > 1 for w in weights)
+
+    def _enter(self, module: GraphModule) -> None:
+        for node in module.graph.nodes:
+            if node.op == "output":
+                continue
+            children = [x for x in node.all_input_nodes if _child(module, x)]
+            for x in children:
+                self._enter_child(_child(module, x), node, children)
+            self._note(node)
+            self.nodes.append(node)
+
+    def _enter_child(self, child: GraphModule, caller: Node, children: list[Node]) -> None:
+        alone = len(children) == 1  # the branches of a condition and autograd.Functions keep their border closed
+        if child.graph not in self.callers:
+            self.callers[child.graph] = caller
+            inputs = [n for n in child.graph.nodes if n.op == "placeholder"]
+            operands: list[Node] = []
+            map_arg((caller.args, caller.kwargs), operands.append)
+            operands = [n for n in operands if n not in children]
+            if alone and len(operands) == len(inputs):
+                self._border |= {inner: [outer] for inner, outer in zip(inputs, operands, strict=True)}
+            self._enter(child)
+        if alone:
+            results = next(n for n in child.graph.nodes if n.op == "output").args[0]
+            self._results[caller] = list(results) if isinstance(results, (tuple, list)) else [results]
+            self._border[caller] = [n for n in self._results[caller] if isinstance(n, Node)]
+
+    def _note(self, node: Node) -> None:
+        if name(node) == "getitem" and node.args[0] in self._results:
+            result = self._results[node.args[0]][node.args[1]]
+            self._border[node] = [result] if isinstance(result, Node) else []
+        in_place = node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__")
+        if node.target is operator.setitem or in_place:
+            base = node.args[0]
+            while name(base) in VIEWS and isinstance(base.args[0], Node):
+                base = base.args[0]
+            self._writes[base] += [n for n in node.all_input_nodes if n is not node.args[0]]
+            self._mark(base)
+        self._mark(node)
+
+    def _mark(self, node: Node) -> None:
+        inputs = self.inputs(node)
+        is_input = node.op == "placeholder" and node not in self._border
+        if _is_weight(node) or (inputs and all(x in self._weights for x in inputs)):
+            self._weights.add(node)
+        elif _holds_tensors(value(node)) and (is_input or any(x in self._data for x in inputs)):
+            self._weights.discard(node)
+            self._data.add(node)
+
+
+def _child(module: GraphModule, node: Node) -> GraphModule | None:
+    child = getattr(module, node.target, None) if node.op == "get_attr" else None
+    return child if isinstance(child, GraphModule) else None
+
+
+def _is_weight(node: Node) -> bool:
+    if node.op == "placeholder":
+        return isinstance(value(node), torch.nn.Parameter) or re.search("_(parameters|buffers)_", node.name) is not None
+    return node.op == "get_attr" and isinstance(value(node), Tensor)
+
+
+def _holds_tensors(x) -> bool:
+    return any(isinstance(item, Tensor) for item in x) if isinstance(x, (tuple, list)) else isinstance(x, Tensor)
