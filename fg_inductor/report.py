@@ -17,7 +17,7 @@ from fg_inductor.settings import Settings
 
 log = logging.getLogger(__name__)
 
-COLUMNS = ("graph", "site", "kind", "query", "key", "dtype", "decision", "kernel", "settings", "density", "reason")
+COLUMNS = ("graph", "site", "kind", "query", "key", "dtype", "decision", "kernel", "settings", "density", "notes")
 
 
 @dataclass(frozen=True)
@@ -48,11 +48,12 @@ class Row:
         """The row of the table, in the order of ``COLUMNS``."""
         site, dense = self.site, not self.site.rewritten
         reason = f"{site.reason} ({site.detail})" if site.detail else site.reason
-        reason = "; ".join(filter(None, (reason, self.note)))
+        found = (f"{name} {text}" for name, text in site.details.items())
+        notes = "; ".join(filter(None, (reason, *found, self.note)))
         density = "" if self.density is None else f"{self.density:.3f}"
         return (
             self.graph, site.path, site.kind, site.query, site.key, site.dtype, site.decision, self.kernel or "",
-            "" if dense else summary(self.settings), density, reason,
+            "" if dense else summary(self.settings), density, notes,
         )  # fmt: skip
 
 

@@ -20,6 +20,8 @@ class SelfAttention(nn.Module):
         self.heads, self.sdpa = heads, sdpa
         width = heads * dim
         self.to_q, self.to_k, self.to_v, self.to_out = (nn.Linear(width, width, bias=False) for _ in range(4))
+        for parameter in self.parameters():
+            nn.init.normal_(parameter, std=width**-0.5)  # keeps norms: attention stays far from uniform
 
     def forward(self, x: Tensor) -> Tensor:
         q, k, v = (f(x).unflatten(-1, (self.heads, -1)).transpose(1, 2) for f in (self.to_q, self.to_k, self.to_v))

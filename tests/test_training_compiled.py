@@ -1,0 +1,155 @@
+"""Compiled training: gradients, and what checkpointing saves and recomputes."""
+
+import functools
+
+import pytest
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+import fg_inductor
+from fg_inductor.passes import checkpoint as checkpoint_pass
+from fg_inductor.testing import assert_l2_as_accurate
+from fg_inductor.toy_models import SHORT, Stack, count_calls, tiny_wan, tokens, wan_inputs
+
+aten = torch.ops.aten
+
+
+def plain(block, x):
+    return checkpoint(block, x, use_reentrant=False)
+
+
+def reentrant(block, x):
+    return checkpoint(block, x, use_reentrant=True)
+
+
+def selective(*saved, answer=CheckpointPolicy.MUST_SAVE, other=CheckpointPolicy.PREFER_RECOMPUTE):
+    """A checkpoint that saves the ops named, by a policy."""
+
+    def policy(ctx, op, *args, **kwargs):
+        return answer if op in saved else other
+
+    context_fn = functools.partial(create_selective_checkpoint_contexts, policy)
+    return lambda block, x: checkpoint(block, x, use_reentrant=False, context_fn=context_fn)
+
+
+def listed(*saved):
+    """The same, by a list."""
+    context_fn = functools.partial(create_selective_checkpoint_contexts, list(saved))
+    return lambda block, x: checkpoint(block, x, use_reentrant=False, context_fn=context_fn)
+
+
+def gradients(model, run, inputs):
+    """The output of ``run(**inputs)``, and the gradients of the model's parameters and of floating inputs."""
+    leaves = {
+        name: x.detach().requires_grad_() if isinstance(x, torch.Tensor) and x.is_floating_point() else x
+        for name, x in inputs.items()
+    }
+    model.zero_grad()
+    out = run(**leaves)
+    out = out[0] if isinstance(out, tuple) else out
+    out.float().square().mean().backward()
+    tensors = (*model.parameters(), *(x for x in leaves.values() if isinstance(x, torch.Tensor)))
+    return [out.detach(), *(x.grad.clone() for x in tensors if x.grad is not None)]
+
+
+def assert_as_accurate_as_eager(model, run, inputs):
+    """Output and gradients of a compiled model are as near to float64's as those of the eager one."""
+    plain, actual = gradients(model, model, inputs), gradients(model, run, inputs)
+    double = {name: x.double() if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+    with torch.autocast("cpu", enabled=False):
+        exact = gradients(model.double(), model, double)
+    assert len(actual) == len(plain) == len(exact)
+    for i, results in enumerate(zip(actual, plain, exact, strict=True)):
+        assert_l2_as_accurate(*(x.double() if x is results[2] else x for x in results), label=f"result {i}")
+
+
+CALLS = {"none": None, "checkpoint": plain, "reentrant": reentrant}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+@pytest.mark.parametrize("autocast", [False, True], ids=["float32", "autocast"])
+def test_gradients_equal_dense_at_density_1(call, autocast):
+    model = Stack(call=call)
+    options = {**SHORT, "fgattn.inner": "aot_eager", "fgattn.density": 1.0}
+    run = torch.compile(model, backend="fgattn", options=options, fullgraph=True)
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        assert_as_accurate_as_eager(model, run, {"x": tokens()})
+    report = fg_inductor.report()
+    assert [row.site.decision for row in report] == ["rewritten"] * 2
+
+
+def test_gradients_of_wan_equal_dense_at_density_1():
+    model = tiny_wan()
+    options = {**SHORT, "fgattn.inner": "aot_eager", "fgattn.density": 1.0}
+    run = torch.compile(model, backend="fgattn", options=options, fullgraph=True)
+    assert_as_accurate_as_eager(model, run, wan_inputs())
+    assert fg_inductor.report().rewritten == 2
+
+
+# How often selector and attention run in one step of two layers: twice saved, four times recomputed.
+SDPA_CPU = aten._scaled_dot_product_flash_attention_for_cpu.default
+SDPA_CUDA = aten._scaled_dot_product_flash_attention.default
+POLICIES = {
+    "no-checkpoint": (None, 2, 2),
+    "plain": (plain, 4, 4),
+    "reentrant": (reentrant, 4, 4),
+    "saves-sdpa": (selective(SDPA_CPU), 2, 2),
+    "saves-sdpa-of-cuda": (selective(SDPA_CUDA), 2, 2),
+    "prefers-to-save-sdpa": (selective(SDPA_CPU, answer=CheckpointPolicy.PREFER_SAVE), 2, 2),
+    "true-for-sdpa": (selective(SDPA_CPU, answer=True, other=False), 2, 2),
+    "lists-sdpa": (listed(SDPA_CPU, aten.mm.default), 2, 2),
+    "saves-mm": (selective(aten.mm.default), 4, 4),
+    "saves-attention": (selective(torch.ops.fgattn.attention.default), 2, 2),
+    "must-recompute": (selective(aten.mm.default, other=CheckpointPolicy.MUST_RECOMPUTE), 4, 4),
+}
+
+
+@pytest.mark.parametrize(("call", "selects", "attends"), POLICIES.values(), ids=POLICIES)
+def test_checkpoint_policies(call, selects, attends):
+    model, x = Stack(call=call), tokens()
+    run = torch.compile(model, backend="fgattn", options={**SHORT, "fgattn.density": 0.3}, fullgraph=True)
+    actual = gradients(model, run, {"x": x})
+    calls = count_calls(lambda: gradients(model, run, {"x": x}))
+    assert calls == {"select_pooled": selects, "attention": attends, "attention_backward": 2}
+    # Saved or recomputed, the gradients are those of the same mask.
+    torch._dynamo.reset()
+    model.call = None
+    options = {**SHORT, "fgattn.density": 0.3, "fgattn.inner": "eager"}
+    expected = gradients(model, torch.compile(model, backend="fgattn", options=options), {"x": x})
+    for result, other in zip(actual, expected, strict=True):
+        torch.testing.assert_close(result, other)
+
+
+def test_policy_is_asked_about_attention_only_for_attention():
+    asked = []
+
+    def policy(ctx, op, *args, **kwargs):
+        asked.append((op, len(args)))
+        return CheckpointPolicy.PREFER_RECOMPUTE
+
+    context_fn = functools.partial(create_selective_checkpoint_contexts, policy)
+    model = Stack(1, call=lambda block, x: checkpoint(block, x, use_reentrant=False, context_fn=context_fn))
+    options = {**SHORT, "fgattn.inner": "aot_eager"}
+    torch.compile(model, backend="fgattn", options=options)(tokens(requires_grad=True)).sum().backward()
+    ops = [op for op, _ in asked]
+    for op in checkpoint_pass.SDPA_OPS:
+        assert (op, 3) in asked
+    assert ops.count(torch.ops.fgattn.attention.default) == ops.count(SDPA_CPU) > 0
+
+
+def test_translated_contexts_keep_the_cache_hash():
+    def context_fn():
+        return create_selective_checkpoint_contexts([])
+
+    assert not hasattr(checkpoint_pass._TranslatedContexts(context_fn), "cache_hash")
+    context_fn.cache_hash = "mine"
+    assert checkpoint_pass._TranslatedContexts(context_fn).cache_hash == "fgattn mine"
+
+
+def test_no_double_backward():
+    x = tokens(requires_grad=True)
+    options = {**SHORT, "fgattn.inner": "eager"}
+    out = torch.compile(Stack(1), backend="fgattn", options=options)(x)
+    (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="there is no double backward"):
+        grad.sum().backward()
