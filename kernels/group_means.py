@@ -6,7 +6,7 @@ x      [B, H, S, D]   any strides, contiguous last dimension
 order  [S]            int32, or None
 bias   [B, S]         float32, -inf where the row is masked, or None
 out    [B, H, G, D]   contiguous, dtype of x
-Grid   (ceil(G / (ROWS / N)), B * H)
+Grid   (ceil(G / BLOCK_G), B * H)
 
 Accumulates in float32. Serves the pooled queries and grouped keys of ``select_pooled`` and the summaries of the pooled
 tail. Meaning: ``reference.group_means`` and ``reference.pool_queries``.
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS = 128
+BLOCK_G = 32
 
 
 @triton.jit
@@ -25,25 +25,27 @@ def _group_means(
     x_ptr, order_ptr, bias_ptr, out_ptr,
     stride_xb, stride_xh, stride_xs, stride_bb,
     H, S, G,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, N: tl.constexpr, BLOCK_G: tl.constexpr,
     HAS_ORDER: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    GROUPS: tl.constexpr = ROWS // N
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
-    group = tl.program_id(0) * GROUPS + tl.arange(0, GROUPS)
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    group = tl.program_id(0) * BLOCK_G + tl.arange(0, BLOCK_G)
     offs_d = tl.arange(0, BLOCK_D)
-    valid = row < S
-    index = row
-    if HAS_ORDER:
-        index = tl.load(order_ptr + row, mask=valid, other=0)
-    if HAS_BIAS:
-        valid = valid & (tl.load(bias_ptr + b * stride_bb + index, mask=valid, other=float("-inf")) > float("-inf"))
-    rows = x_ptr + b * stride_xb + h * stride_xh + index.to(tl.int64)[:, None] * stride_xs + offs_d[None, :]
-    x = tl.load(rows, mask=valid[:, None] & (offs_d < D)[None, :], other=0.0).to(tl.float32)  # [ROWS, BLOCK_D]
-    total = tl.sum(tl.reshape(x, [GROUPS, N, BLOCK_D]), 1)  # [GROUPS, BLOCK_D]
-    count = tl.sum(tl.reshape(valid.to(tl.float32), [GROUPS, N]), 1)
+    x_ptr += b * stride_xb + h * stride_xh
+    total = tl.zeros([BLOCK_G, BLOCK_D], tl.float32)
+    count = tl.zeros([BLOCK_G], tl.float32)
+    for i in range(N):
+        row = group * N + i
+        valid = row < S
+        index = row
+        if HAS_ORDER:
+            index = tl.load(order_ptr + row, mask=valid, other=0)
+        if HAS_BIAS:
+            valid = valid & (tl.load(bias_ptr + b * stride_bb + index, mask=valid, other=float("-inf")) > float("-inf"))
+        rows = x_ptr + index.to(tl.int64)[:, None] * stride_xs + offs_d[None, :]
+        total += tl.load(rows, mask=valid[:, None] & (offs_d < D)[None, :], other=0.0).to(tl.float32)
+        count += valid.to(tl.float32)
     mean = total / tl.maximum(count, 1.0)[:, None]
     out = out_ptr + (bh * G + group)[:, None] * D + offs_d[None, :]
     tl.store(out, mean.to(out_ptr.dtype.element_ty), mask=(group < G)[:, None] & (offs_d < D)[None, :])
@@ -53,11 +55,11 @@ def launch(x: Tensor, n: int, groups: int, order: Tensor | None = None, bias: Te
     """Means of n rows: [B, H, S, D] -> [B, H, groups, D]; groups beyond the last row are 0."""
     B, H, S, D = x.shape
     out = torch.empty(B, H, groups, D, dtype=x.dtype, device=x.device)
-    _group_means[(triton.cdiv(groups, ROWS // n), B * H)](
+    _group_means[(triton.cdiv(groups, BLOCK_G), B * H)](
         x, order, bias, out,
         *x.stride()[:3], 0 if bias is None else bias.stride(0),
         H, S, groups,
-        D=D, BLOCK_D=triton.next_power_of_2(D), N=n, ROWS=ROWS,
+        D=D, BLOCK_D=triton.next_power_of_2(D), N=n, BLOCK_G=BLOCK_G,
         HAS_ORDER=order is not None, HAS_BIAS=bias is not None,
         num_warps=4,
     )  # fmt: skip

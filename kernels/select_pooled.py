@@ -28,7 +28,9 @@ from fg_inductor.kernels.mask import group_count, slice_count, word_count
 SCORE_BYTES = 1 << 28
 LOG2_E = math.log2(math.e)
 BLOCK_R = 64  # pooled queries a program scores; a multiple of the means of every slice
-FORCED = tl.constexpr(0x7F800001)  # as bits: just above +inf
+INFINITE = tl.constexpr(0x7F800000)  # the bits of +inf
+FORCED = tl.constexpr(0x7F800001)  # just above
+BLOCK = 32768  # scores that one program of ``_select`` can hold in registers
 
 
 @triton.jit
@@ -122,16 +124,25 @@ def _scores(
 
 
 @triton.jit
-def _load_scores(score_ptr, forced_ptr, group, G, HAS_FORCED: tl.constexpr):
-    """Bits that rank the groups (-1: masked, FORCED: first of all) and their mass."""
+def _load_bits(score_ptr, forced_ptr, group, G, HAS_FORCED: tl.constexpr):
+    """Bits that rank the groups (-1: masked, FORCED: first of all), and the mass of the forced ones."""
     score = tl.load(score_ptr + group, mask=group < G, other=-1.0)
     forced = score != score
     if HAS_FORCED:
         forced = forced | ((tl.load(forced_ptr + group, mask=group < G, other=0) != 0) & (score >= 0.0))
-    mass = tl.where((score > 0.0) & (score < float("inf")), score, 0.0)
     bits = tl.where(score >= 0.0, score, 0.0).to(tl.int32, bitcast=True)
     bits = tl.where(forced, FORCED, tl.where(score < 0.0, -1, bits))
-    return bits, mass
+    return bits, tl.sum(tl.where(forced & (score > 0.0) & (score < float("inf")), score, 0.0))
+
+
+@triton.jit
+def _held(bits, lowest, USE_MASS: tl.constexpr):
+    """Groups with bits >= lowest: how many, and the mass of those that are not forced."""
+    mass = 0.0
+    if USE_MASS:
+        counted = (bits >= lowest) & (bits >= 0) & (bits < INFINITE)
+        mass = tl.sum(tl.where(counted, bits.to(tl.float32, bitcast=True), 0.0))
+    return tl.sum((bits >= lowest).to(tl.int32)), mass
 
 
 @triton.jit
@@ -139,7 +150,8 @@ def _select(
     score_ptr, forced_ptr, dense_ptr, limit_ptr, mask_ptr,
     stride_mb, stride_mh, stride_mt,
     first_head, heads, T, W, G, top_p,
-    BLOCK: tl.constexpr, HAS_FORCED: tl.constexpr, HAS_DENSE: tl.constexpr, USE_MASS: tl.constexpr,
+    BLOCK: tl.constexpr, PACK: tl.constexpr, SINGLE: tl.constexpr,
+    HAS_FORCED: tl.constexpr, HAS_DENSE: tl.constexpr, USE_MASS: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0)
     b = (tl.program_id(1) // heads).to(tl.int64)
@@ -148,58 +160,71 @@ def _select(
     mask_ptr += b * stride_mb + h.to(tl.int64) * stride_mh + t * stride_mt
     offs = tl.arange(0, BLOCK)
     limit = tl.load(limit_ptr + b)
+    # SINGLE: the row fits one block and stays in registers; else it is read again for each halving.
+    bits, forced_mass = _load_bits(score_ptr, forced_ptr, offs, G, HAS_FORCED)
     target = 0.0
     if USE_MASS:
-        total = 0.0
-        for first in range(0, G, BLOCK):
-            bits, mass = _load_scores(score_ptr, forced_ptr, first + offs, G, HAS_FORCED)
-            total += tl.sum(mass)
-        target = total * top_p
+        count, total = _held(bits, 0, USE_MASS)
+        if not SINGLE:
+            for first in range(BLOCK, G, BLOCK):
+                more, more_mass = _load_bits(score_ptr, forced_ptr, first + offs, G, HAS_FORCED)
+                count, mass = _held(more, 0, USE_MASS)
+                forced_mass += more_mass
+                total += mass
+        target = (total + forced_mass) * top_p
 
     # Invariant: the groups with bits >= low are enough (or all there are), those with bits >= high are not.
     low = 0
     high = FORCED + 1
     count_above = 0
-    mass_above = 0.0
+    mass_above = forced_mass
     for _ in range(31):
         middle = low + (high - low) // 2
-        count = 0
-        held = 0.0
-        for first in range(0, G, BLOCK):
-            bits, mass = _load_scores(score_ptr, forced_ptr, first + offs, G, HAS_FORCED)
-            count += tl.sum((bits >= middle).to(tl.int32))
-            if USE_MASS:
-                held += tl.sum(tl.where(bits >= middle, mass, 0.0))
+        count, mass = _held(bits, middle, USE_MASS)
+        if not SINGLE:
+            for first in range(BLOCK, G, BLOCK):
+                more, more_mass = _load_bits(score_ptr, forced_ptr, first + offs, G, HAS_FORCED)
+                more_count, more_mass = _held(more, middle, USE_MASS)
+                count += more_count
+                mass += more_mass
+        mass += forced_mass
         enough = count >= limit
         if USE_MASS:
-            enough = enough | (held >= target)
+            enough = enough | (mass >= target)
         if high - low > 1:
             low = tl.where(enough, middle, low)
             high = tl.where(enough, high, middle)
             count_above = tl.where(enough, count_above, count)
-            mass_above = tl.where(enough, mass_above, held)
+            mass_above = tl.where(enough, mass_above, mass)
 
     ties = limit - count_above  # groups at exactly the cut that are kept, by index
     if USE_MASS:
-        value = tl.maximum(low.to(tl.float32, bitcast=True), 1.1754944e-38)
-        needed = tl.minimum(tl.ceil((target - mass_above) / value), 1e9)
+        cut = tl.maximum(low.to(tl.float32, bitcast=True), 1.1754944e-38)
+        needed = tl.minimum(tl.ceil((target - mass_above) / cut), 1e9)
         ties = tl.minimum(ties, tl.maximum(needed, 0.0).to(tl.int32))
 
     everything = False
     if HAS_DENSE:
         everything = tl.load(dense_ptr + t) != 0
     seen = 0
-    for first in range(0, W * 32, BLOCK):
-        bits, mass = _load_scores(score_ptr, forced_ptr, first + offs, G, HAS_FORCED)
-        at_cut = (bits == low).to(tl.int32)
+    for first in range(0, W * 32, PACK):
+        rank_bits, _forced_mass = _load_bits(score_ptr, forced_ptr, first + tl.arange(0, PACK), G, HAS_FORCED)
+        at_cut = (rank_bits == low).to(tl.int32)
         rank = seen + tl.cumsum(at_cut, 0)
         seen += tl.sum(at_cut)
-        keep = (bits > low) | ((at_cut == 1) & (rank <= ties)) | (bits == FORCED)
+        keep = (rank_bits > low) | ((at_cut == 1) & (rank <= ties)) | (rank_bits == FORCED)
         if HAS_DENSE:
-            keep = keep | (everything & (bits >= 0))
-        shifted = tl.reshape(keep.to(tl.int32), [BLOCK // 32, 32]) << tl.arange(0, 32)[None, :]
-        word = first // 32 + tl.arange(0, BLOCK // 32)
+            keep = keep | (everything & (rank_bits >= 0))
+        shifted = tl.reshape(keep.to(tl.int32), [PACK // 32, 32]) << tl.arange(0, 32)[None, :]
+        word = first // 32 + tl.arange(0, PACK // 32)
         tl.store(mask_ptr + word, tl.sum(shifted, 1), mask=word < W)
+
+
+def configuration(groups: int) -> dict:
+    """How ``_select`` reads a row of scores; at most 64 scores a thread."""
+    single = groups <= BLOCK
+    block = max(128, triton.next_power_of_2(groups)) if single else 8192
+    return {"BLOCK": block, "PACK": min(block, 4096), "SINGLE": single, "num_warps": max(1, min(16, block // 1024))}
 
 
 def launch(
@@ -255,7 +280,6 @@ def launch(
     mask = torch.empty(B, Hq, T, W, dtype=torch.int32, device=device)
     heads = max(1, min(Hq, SCORE_BYTES // (4 * B * T * G)))
     score = torch.empty(B, heads, T, G, dtype=torch.float32, device=device)
-    block = min(4096, max(128, triton.next_power_of_2(G)))
     for first in range(0, Hq, heads):
         part = min(heads, Hq - first)
         _scores[(triton.cdiv(G, 64), triton.cdiv(R, BLOCK_R), B * part)](
@@ -267,8 +291,8 @@ def launch(
             score, forced, dense, limit, mask,
             *mask.stride()[:3],
             first, part, T, W, G, top_p,
-            BLOCK=block, HAS_FORCED=forced is not None, HAS_DENSE=dense is not None,
+            HAS_FORCED=forced is not None, HAS_DENSE=dense is not None,
             USE_MASS=density is None and top_p < 1,
-            num_warps=4,
+            **configuration(G),
         )  # fmt: skip
     return mask

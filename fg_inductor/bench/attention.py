@@ -3,8 +3,9 @@
     python -m fg_inductor bench attention --preset wan2.1-1.3b-480p --slices 128x1 128x8 --densities 0.3 0.15
 
 Queries, keys and values are random, and so is the mask that ``attention`` is timed with: every slice keeps its own
-random groups, the worst case for a gather. ``select_pooled`` is timed on the same tensors. The kept pairs are computed at
-"rate" of cuDNN's rate. Errors are relative L2 against float64 over a few slices of one head.
+random groups, the worst case for a gather. ``select_pooled`` is timed on the same tensors. The column "rate" is the
+kept share of dense work over the share of cuDNN's time. Errors are relative L2 against float64, over a few slices of
+one head.
 """
 
 import argparse

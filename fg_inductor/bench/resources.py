@@ -105,14 +105,17 @@ def table() -> list[dict]:
     absent = dict.fromkeys(("tail_bias_ptr", "group_keys_ptr", "block_keys_ptr", "block_bias_ptr"))
     rows.append(resources(column_lists._column_lists, "N 8", lists | absent | {"TAIL": False}))
     rows.append(resources(column_lists._column_lists, "N 8 tail", lists | {"TAIL": True}))
-    means = dict(D=128, BLOCK_D=128, N=16, ROWS=group_means.ROWS, HAS_ORDER=True, HAS_BIAS=False, bias_ptr=None)
+    means = dict(D=128, BLOCK_D=128, N=16, BLOCK_G=group_means.BLOCK_G, HAS_ORDER=True, HAS_BIAS=False, bias_ptr=None)
     rows.append(resources(group_means._group_means, "N 16 order", means))
     scoring = dict(D=128, BLOCK_D=128, BLOCK_R=select_pooled.BLOCK_R, BLOCK_G=64, HAS_BIAS=False, PRECISION="tf32")
     scoring["bias_ptr"] = None
     rows.append(resources(select_pooled._row_lse, "D 128", scoring))
     rows.append(resources(select_pooled._scores, "D 128 P 8", scoring | {"P": 8}))
-    choice = dict(BLOCK=4096, HAS_FORCED=False, HAS_DENSE=False, forced_ptr=None, dense_ptr=None)
-    rows += [resources(select_pooled._select, f"mass {mass}", choice | {"USE_MASS": mass}) for mass in (False, True)]
+    choice = dict(HAS_FORCED=False, HAS_DENSE=False, USE_MASS=True, forced_ptr=None, dense_ptr=None)
+    for groups in (4095, 32_760, 75_600):
+        config = select_pooled.configuration(groups)
+        warps = config.pop("num_warps")
+        rows.append(resources(select_pooled._select, f"{groups} groups", choice | config, num_warps=warps))
     return rows
 
 
