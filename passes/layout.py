@@ -68,11 +68,12 @@ def _tensor(node: Node) -> Tensor | None:
 
 
 def _concatenated(node: Node) -> dict[int, tuple[Extent, ...]]:
-    parts = argument(node, 0, "tensors")
-    dim = argument(node, 1, "dim", "axis", default=0) % _tensor(node).dim()
-    if len(parts) < 2:
+    parts, rank = argument(node, 0, "tensors"), _tensor(node).dim()
+    dim = argument(node, 1, "dim", "axis", default=0) % rank
+    tensors = [value(part) for part in parts] if isinstance(parts, (tuple, list)) else []
+    if len(tensors) < 2 or not all(isinstance(x, Tensor) and x.dim() == rank for x in tensors):
         return {}
-    return {dim: tuple(Extent(value(part).shape[dim], part, dim) for part in parts)}
+    return {dim: tuple(Extent(x.shape[dim], part, dim) for x, part in zip(tensors, parts, strict=True))}
 
 
 def _carried(source: Node, dim: int, node: Node) -> int | None:
@@ -85,7 +86,7 @@ def _carried(source: Node, dim: int, node: Node) -> int | None:
 def _moved(source: Node, dim: int, node: Node, x, y) -> int | None:
     method, rank = name(node), len(x)
     if method in ("transpose", "swapaxes"):
-        swap = [argument(node, i, f"dim{i - 1}") % rank for i in (1, 2)]
+        swap = [argument(node, i, f"dim{i - 1}", f"axis{i - 1}") % rank for i in (1, 2)]
         return swap[1 - swap.index(dim)] if dim in swap else dim
     if method == "permute":
         order = argument(node, 1, "dims")

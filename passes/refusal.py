@@ -69,7 +69,7 @@ def refusal(call: Call, kind: str, program: Program, layout: Layout, settings) -
     if found := _not_video(call, kind, program, layout, settings):
         return Refusal(*found)
     if found := _unsupported(call, kind, program):
-        return Refusal(*found, video=True)
+        return Refusal(*found, video=not known(call.tensors[0].shape[1] == 1))  # one head: a VAE
     return None
 
 
@@ -128,7 +128,7 @@ def _no_kernel(call: Call) -> tuple[str, str] | None:
         return "head dim without a kernel", f"{dim}; there are {', '.join(map(str, HEAD_DIMS))}"
     batch = same(q.shape[0], k.shape[0]) and same(q.shape[0], v.shape[0])
     heads = same(k.shape[1], v.shape[1]) and (call.enable_gqa or same(q.shape[1], k.shape[1]))
-    if not batch or not heads or not same(k.shape[2], v.shape[2]):
+    if not batch or not heads:  # of the lengths of k and v SDPA itself asks that they are equal
         return "q, k and v broadcast", ", ".join(map(shape_text, (q, k, v)))
     if any(known(size == 0) for x in (q, k) for size in x.shape):
         return "empty", shape_text(q)

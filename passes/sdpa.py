@@ -89,7 +89,7 @@ class _Rewriter:
         lengths = [value(x).shape[2] for x in (q, k)]
         min_seq = 0 if all(known(x >= settings.min_seq) for x in lengths) else settings.min_seq
         of_queries, of_keys = self._segments(q, k, kind)
-        details = {"text": segments.ranges_text(of_keys)} if of_keys else {}
+        details = {"text": text} if (text := segments.ranges_text(of_keys)) else {}
         with graph.inserting_before(node):
             bias = None
             if attention.attn_mask is not None:

@@ -19,8 +19,8 @@ class TokenGrid:
     def __init__(self, program: Program):
         tensors = [n for n in program.nodes if isinstance(value(n), Tensor) and value(n).dim() >= 4]
         self._patches = [n for n in tensors if name(n) == "conv3d"]
-        shapes = {tuple(value(n).shape) for n in tensors if name(n) in SHAPED}
-        self._shapes = [shape for shape in shapes if all(isinstance(size, int) for size in shape)]
+        shapes = (tuple(value(n).shape) for n in tensors if name(n) in SHAPED)
+        self._shapes = {shape for shape in shapes if all(isinstance(size, int) for size in shape)}
 
     def find(self, tokens: int | torch.SymInt) -> tuple[Extent, Extent, Extent] | None:
         """The grid of that many video tokens; None where the graph shows none, or more than one.
