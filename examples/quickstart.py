@@ -10,6 +10,12 @@ picture of it all.
 It uses a GPU where there is one. On two CPU cores it takes one to two minutes, most of them compiling.
 """
 
+import os
+
+# Before torch is imported: its CPU threads then sleep where they wait for each other. On a machine that does other work
+# too, threads that spin while they wait made a sparse step ten times slower.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
 import argparse
 import json
 import statistics
