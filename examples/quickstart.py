@@ -11,10 +11,13 @@ It uses a GPU where there is one. On two CPU cores it takes one to two minutes, 
 """
 
 import os
+import sys
 
 # Before torch is imported: its CPU threads then sleep where they wait for each other. On a machine that does other work
 # too, threads that spin while they wait made a sparse step ten times slower.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# The modules beside this file are found under `python -P` too.
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
 import argparse
 import json
