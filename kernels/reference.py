@@ -286,8 +286,7 @@ def attention_backward(
         keep, shift = (x.repeat_interleave(m, 2)[:, :, : len(row)] for x in (keep, shift))
         q_rows, dout_rows = q[:, :, row].to(acc), dout[:, :, row].to(acc)
         scores = (q_rows @ k_all.mT * scale + shift).masked_fill(~keep, -math.inf)
-        lse = scores.logsumexp(-1, keepdim=True)
-        p = torch.exp(scores - lse.masked_fill(lse == -math.inf, 0))
+        p = torch.where(keep, scores.softmax(-1), 0)  # softmax of a row without keys is NaN
         dp = dout_rows @ v_all.mT
         ds = torch.where(keep, p * (dp - (p * dp).sum(-1, keepdim=True)), 0) * scale
         dq[:, :, row] = (ds @ k_all).to(q.dtype)
