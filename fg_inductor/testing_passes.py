@@ -1,7 +1,7 @@
 """Test utility: run the pass on the graphs of a model, and check what must hold after every rewrite.
 
-    done = run_pass(model, (x,), min_seq=16)
-    assert [site.decision for site in done.sites] == ["rewritten"]
+done = run_pass(model, (x,), min_seq=16)
+assert [site.decision for site in done.sites] == ["rewritten"]
 """
 
 import dataclasses
@@ -77,7 +77,9 @@ class PassBackend:
         return {key: found[key] for key in wanted if found[key]}
 
 
-def run_pass(model: Callable, inputs: tuple | dict[str, Any], *, fullgraph=True, dynamic=None, **settings) -> PassBackend:
+def run_pass(
+    model: Callable, inputs: tuple | dict[str, Any], *, fullgraph=True, dynamic=None, **settings
+) -> PassBackend:
     """Compile ``model`` with a PassBackend and call it once; ``settings`` replace those of SMALL."""
     backend = PassBackend(Settings(**{**SMALL, **settings}))
     compiled = torch.compile(model, backend=backend, fullgraph=fullgraph, dynamic=dynamic)

@@ -60,8 +60,11 @@ def value(node):
 
 
 def name(node: Node) -> str:
-    """The bare name of what a node calls: ``linear`` for ``F.linear`` and for ``aten.linear.default`` alike."""
-    target = node.target
+    """The bare name of what a node calls: ``linear`` for ``F.linear`` and for ``aten.linear.default`` alike.
+
+    "" for a node that calls nothing: Dynamo names inputs of child graphs after the calls that made them.
+    """
+    target = node.target if node.op.startswith("call") else ""
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.rpartition("::")[2]
     return target if isinstance(target, str) else getattr(target, "__name__", str(target))

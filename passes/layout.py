@@ -12,10 +12,9 @@ from fg_inductor.passes.graph import Extent, argument, name, names, product, sam
 from fg_inductor.passes.program import Program
 
 RESHAPES = names("view reshape flatten unflatten _unsafe_view squeeze unsqueeze view_as")
+NEW_DIMENSIONS = names("stack expand repeat unsqueeze")
 # Operators after which tokens stand elsewhere, or not all of them are left.
 REORDERS = names("index_select gather take_along_dim index_copy index_put scatter flip roll sort argsort index narrow")
-# Dimensions that these made hold copies or separate inputs (as for classifier-free guidance), not tokens.
-NEW_DIMENSIONS = names("stack expand repeat unsqueeze")
 
 
 class Layout:
@@ -54,9 +53,18 @@ class Layout:
             return False
         if same(x[0], y[0]):
             return source in self._folded
-        if name(node) not in RESHAPES or len(y) < 3 or name(source) in NEW_DIMENSIONS:
+        if name(node) not in RESHAPES or len(y) < 3 or _adds_dimension(source):
             return False
-        return any(same(product(x[:dims]), y[0]) for dims in range(2, len(x)))
+        # A reshape keeps the order of elements: a multiple of the batch counts something that came after it.
+        return not same(x[0], 0) and same(y[0] % x[0], 0)
+
+
+def _adds_dimension(node: Node) -> bool:
+    """Whether the node put a dimension in that holds copies, or separate inputs (guidance), and no tokens."""
+    if name(node) == "getitem":
+        index = node.args[1]
+        return index is None or (isinstance(index, tuple) and any(i is None for i in index))
+    return name(node) in NEW_DIMENSIONS
 
 
 def _tensor(node: Node) -> Tensor | None:
@@ -100,7 +108,7 @@ def _moved(source: Node, dim: int, node: Node, x, y) -> int | None:
     if method in RESHAPES:
         before = product(x[:dim])
         return next((d for d in range(len(y)) if same(y[d], x[dim]) and same(product(y[:d]), before)), None)
-    if method == "getitem" and isinstance(value(source), Tensor):
+    if method == "getitem" and isinstance(value(node.args[0]), Tensor):  # not the result of a child graph
         return _indexed(node.args[1], dim, rank)
     return dim + len(y) - rank  # one to one, broadcast from the right: norms, projections, arithmetic, attention
 

@@ -22,35 +22,36 @@ def without_empty(segments: Segments) -> Segments:
 
 
 def video_index(segments: Segments) -> int:
-    """The place of the video. A size that only run time knows is a count of valid text tokens."""
+    """The place of the video. A size that only run time knows is a number of valid text tokens."""
     return max(range(len(segments)), key=lambda i: (hint(segments[i].size) or 0, -i))
 
 
-def text_indices(segments: Segments) -> list[int]:
-    """The places of the text."""
-    if not segments:
-        return []
-    video = hint(segments[video_index(segments)].size) or 0
-    return [i for i, x in enumerate(segments) if (hint(x.size) or 0) <= TEXT_SHARE * video]
+def _text_runs(segments: Segments) -> list[tuple[int, int]]:
+    """Places [first, last) of the text, neighbours together."""
+    runs: list[tuple[int, int]] = []
+    video = hint(segments[video_index(segments)].size) or 0 if segments else 0
+    for i, segment in enumerate(segments):
+        if (hint(segment.size) or 0) <= TEXT_SHARE * video:
+            first = runs.pop()[0] if runs and runs[-1][1] == i else i
+            runs.append((first, i + 1))
+    return runs
 
 
 def text_ranges(graph: Graph, segments: Segments, origin: Node) -> list[int | Node]:
     """Arguments [start, end, ...] of the text; none where ``graph`` cannot read the sizes."""
-    text = text_indices(segments)
-    if not text or not all(x.readable(graph) for x in segments[: text[-1] + 1]):
+    runs = _text_runs(segments)
+    needed = segments[: runs[-1][1]] if runs else ()
+    if not all(x.readable(graph) for x in needed):
         return []
-    ranges, position = [], 0
-    for i, segment in enumerate(segments[: text[-1] + 1]):
-        end = add(graph, position, segment.read(graph, origin), origin)
-        if i in text and i - 1 in text:
-            ranges[-1] = end
-        elif i in text:
-            ranges += [position, end]
-        position = end
-    return ranges
+    ends: list[int | Node] = [0]
+    for segment in needed:
+        ends.append(add(graph, ends[-1], segment.read(graph, origin), origin))
+    return [ends[place] for run in runs for place in run]
 
 
 def ranges_text(segments: Segments) -> str:
     """``60:67``, several joined by commas; symbolic sizes as expressions."""
-    starts = [sum((x.size for x in segments[:i]), 0) for i in range(len(segments))]
-    return ", ".join(f"{starts[i]}:{starts[i] + segments[i].size}" for i in text_indices(segments))
+    ends = [0]
+    for segment in segments:
+        ends.append(ends[-1] + segment.size)
+    return ", ".join(f"{ends[first]}:{ends[last]}" for first, last in _text_runs(segments))

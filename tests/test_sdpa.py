@@ -8,8 +8,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 from fg_inductor.kernels import ops
@@ -120,6 +120,10 @@ def folded_heads(q, k, v):
     return SDPA(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)).unflatten(0, q.shape[:2])
 
 
+def few_keys(q, k, v):
+    return SDPA(q, k[:, :, :8], v[:, :, :8])
+
+
 def one_key_head(q, k, v):
     return SDPA(q, k[:, :1], v[:, :1])
 
@@ -144,14 +148,14 @@ REFUSALS = {
     "cross attention": (Attention(), {"text": tokens()}, {}, "cross attention", False),
     "causal": (Attention(functools.partial(SDPA, is_causal=True)), {}, {}, "causal", False),
     "short": (Attention(), {}, {"min_seq": 41}, "shorter than min_seq", False),
-    "short keys": (Attention(lambda q, k, v: SDPA(q, k[:, :, :8], v[:, :, :8])), {}, {"min_seq": 9}, "shorter than min_seq", False),
+    "short keys": (Attention(few_keys), {}, {"min_seq": 9}, "shorter than min_seq", False),
     "3-D": (Attention(folded_heads), {}, {}, "not 4-D", False),
     "dropout": (Attention(functools.partial(SDPA, dropout_p=0.1)), {}, {}, "dropout", True),
     "mask": (Attention(masked), {}, {}, "mask is not a key mask", True),
     "head dim": (Attention(dim=257), {}, {}, "head dim without a kernel", True),
     "head dim of v": (Attention(short_values), {}, {}, "head dims of q and v differ", True),
     "broadcast heads": (Attention(one_key_head), {}, {}, "q, k and v broadcast", True),
-    "autograd.Function": (Attention(Doubling.apply), {}, {}, "inside an autograd.Function", True),
+    "autograd.Function": (Attention(lambda *qkv: Doubling.apply(*qkv)), {}, {}, "inside an autograd.Function", True),
 }  # fmt: skip
 
 
@@ -189,6 +193,11 @@ def with_value(**changed):
     return edit
 
 
+def with_subclass(node):
+    for x in node.args:
+        x.meta["example_value"] = TwoTensor(value(x), value(x))
+
+
 def without_values(node):
     for x in node.args:
         del x.meta["example_value"]
@@ -199,6 +208,7 @@ EDITS = {
     "scale": (with_scale_node, "scale is not a constant", True),
     "dtype": (with_value(dtype=torch.float8_e4m3fn), "dtype", True),
     "device": (with_value(device="meta"), "device", True),
+    "subclass": (with_subclass, "tensor subclass", True),
     "no values": (without_values, "no shapes in the graph", False),
 }
 
@@ -394,38 +404,22 @@ def test_an_error_leaves_its_site_as_it_was(monkeypatch, caplog):
         run_pass(masked_site, (x,), strict=True)
 
 
-# Distributed: the ring needs the dense operator on every rank
+# Context parallelism: the ring needs the dense operator on every rank
 
 
-@pytest.fixture
-def mesh():
+def test_context_parallel_stays_dense():
     from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.tensor.experimental import context_parallel
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
+    done = run_pass(Attention(), (tokens(),), mask="dense")
     torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
-    yield init_device_mesh("cpu", (2,))
-    torch.distributed.destroy_process_group()
-
-
-def test_tensor_subclasses_stay_dense(mesh):
-    from torch.distributed.tensor import Replicate, distribute_tensor
-
-    def attend(q, k, v):
-        return SDPA(q, k, v)
-
-    q, k, v = (distribute_tensor(torch.randn(1, 2, 40, 32), mesh, [Replicate()]) for _ in range(3))
-    (site,) = run_pass(attend, (q, k, v)).sites
-    assert (site.decision, site.reason, site.detail) == ("dense", "tensor subclass", "DTensor")
-
-
-def test_context_parallel_stays_dense(mesh):
-    from torch.distributed.tensor.experimental import context_parallel
-
-    q, k, v = (torch.randn(1, 2, 256, 32) for _ in range(3))
-
-    def attend(q, k, v):
-        return F.scaled_dot_product_attention(q, k, v)
-
-    with context_parallel(mesh, buffers=[q, k, v], buffer_seq_dims=[2, 2, 2]):
-        sites = run_pass(attend, (q, k, v), fullgraph=False).sites
-    assert [(site.decision, site.reason) for site in sites] == [("dense", "context parallel")]
+    try:
+        mesh, buffer = init_device_mesh("cpu", (2,)), torch.randn(1, 2, 256, 32)
+        with context_parallel(mesh, buffers=[buffer], buffer_seq_dims=[2]):
+            (site,) = sdpa.rewrite(done.graphs[0], Settings(**SMALL))
+        assert (site.decision, site.reason, site.video) == ("dense", "context parallel", True)
+    finally:
+        torch.distributed.destroy_process_group()
+    (site,) = sdpa.rewrite(done.graphs[0], Settings(**SMALL))
+    assert site.rewritten
