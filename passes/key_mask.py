@@ -22,7 +22,7 @@ def refusal(program: Program, mask, q: Node, k: Node) -> tuple[str, str] | None:
     if x.requires_grad:
         return "mask needs gradients", ""
     shape = shape_text(x)
-    if not 1 <= x.dim() <= 4:
+    if not 2 <= x.dim() <= 4:
         return reason, f"shape {shape}"
     for dim, what in ((2, "query"), (3, "head")):
         if x.dim() >= dim and not _is_uniform(program, mask, x.dim() - dim):
@@ -50,17 +50,16 @@ def _is_uniform(program: Program, node: Node, dim: int) -> bool:
     x = value(node)
     if known(x.shape[dim] == 1) or same(x.stride(dim), 0):
         return True
-    method, source = name(node), node.args[0] if node.args else None
-    if not isinstance(value(source), Tensor):
+    method, inputs = name(node), [y for y in program.inputs(node) if isinstance(value(y), Tensor)]
+    if not inputs or program.is_written(node):
         return False
     if method in ("repeat", "repeat_interleave"):
-        return value(source).dim() == x.dim() and known(value(source).shape[dim] == 1)
+        return value(inputs[0]).dim() == x.dim() and known(value(inputs[0]).shape[dim] == 1)
     if method in ("view", "reshape", "unflatten"):
-        return dim == 1 and _splits_repeat(source, x)
+        return dim == 1 and not program.is_written(inputs[0]) and _splits_repeat(inputs[0], x)
     if method not in ELEMENTWISE:
         return False
-    inputs = [source] if method in CASTS else [y for y in program.inputs(node) if isinstance(value(y), Tensor)]
-    places = [(y, dim - x.dim() + value(y).dim()) for y in inputs]
+    places = [(y, dim - x.dim() + value(y).dim()) for y in (inputs[:1] if method in CASTS else inputs)]
     return all(place < 0 or _is_uniform(program, y, place) for y, place in places)
 
 

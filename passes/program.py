@@ -47,6 +47,10 @@ class Program:
         """The inputs that are tensors and depend on the input of the graph: no weights, constants, sizes."""
         return [x for x in self.inputs(node) if x in self._data]
 
+    def is_written(self, node: Node) -> bool:
+        """Whether something is stored into the tensor, or into a view of it, after it was made."""
+        return node in self._writes
+
     def has_weight_matrix(self, node: Node) -> bool:
         """Whether an input is a weight of two or more dimensions (a norm's weight has one)."""
         weights = (value(x) for x in node.all_input_nodes if x in self._weights)
