@@ -84,8 +84,9 @@ def explain(model: Callable, *args, options: dict[str, Any] | None = None, **kwa
 
     def trace(gm, example_inputs):
         graph_id = str(torch._guards.CompileContext.current_compile_id())
-        # A copy: what runs is the graph as it was.
-        rows.extend(rewrite(copy.deepcopy(gm), settings, graph_id))
+        # A copy, but for the weights: what runs is the graph as it was.
+        weights = {id(x): x for x in (*gm.parameters(), *gm.buffers())}
+        rows.extend(rewrite(copy.deepcopy(gm, weights), settings, graph_id))
         return gm.forward
 
     def run():

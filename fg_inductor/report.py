@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tabulate import tabulate
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from fg_inductor.passes.site import Site
 from fg_inductor.settings import Settings
@@ -119,6 +120,8 @@ class Meter:
 
     @torch.no_grad()
     def _add(self, densities: Sequence[Tensor]) -> None:
+        if any(isinstance(d, FakeTensor) for d in densities):
+            return  # DDP's graph splitter calls compiled code to learn shapes
         # Not in place: a sum begun in inference mode may go on outside it. Not kept: CUDA graphs reuse their outputs.
         start = self.totals or [torch.zeros_like(d) for d in densities]
         self.totals = list(torch._foreach_add(start, list(densities)))

@@ -16,6 +16,7 @@ from fg_inductor import backend
 from fg_inductor.passes import sdpa
 from fg_inductor.passes.site import Site
 from fg_inductor.settings import Settings
+from fg_inductor.testing import assert_as_accurate
 from fg_inductor.toy_models import SHORT, SelfAttention, Stack, tokens
 
 EAGER = {**SHORT, "fgattn.inner": "eager", "fgattn.density": 1.0}
@@ -304,3 +305,21 @@ def test_settings_reach_the_pass(monkeypatch):
         Stack(), backend="fgattn", options={"fgattn.pool": 32, "fgattn.quiet": True, "fgattn.inner": "eager"}
     )(tokens())
     assert seen == [Settings(pool=32, quiet=True, inner="eager")]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("mode", ["default", "reduce-overhead", "max-autotune"])
+def test_modes_on_cuda(mode):
+    """CUDA graphs capture and replay the operators, and the densities that leave the graph."""
+    model, x = Stack().to("cuda", torch.bfloat16), tokens(300).to("cuda", torch.bfloat16)
+    options = {**SHORT, "mode": mode, "fgattn.density": 1.0, "fgattn.stats": True}
+    run = torch.compile(model, backend="fgattn", options=options, fullgraph=True)
+    with torch.no_grad():
+        for scale in (1, 2, -1, 3):
+            torch.compiler.cudagraph_mark_step_begin()
+            actual, plain = run(scale * x).clone(), model(scale * x)
+            exact = model.double()((scale * x).double())
+            model.bfloat16()
+            assert_as_accurate(actual, plain, exact)
+    assert [(row.kernel, row.density) for row in fg_inductor.report()] == [("portable", 1.0)] * 2
+    assert counters["inductor"]["cudagraph_skips"] == 0

@@ -241,6 +241,21 @@ def test_density_with_symbolic_length():
     assert row.density == 1.0
 
 
+def test_density_of_a_graph_that_ddp_splits():
+    """Several graphs of one compile id, each of which DDP's splitter also calls with fake tensors."""
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    try:
+        model = torch.nn.parallel.DistributedDataParallel(Stack(8), bucket_cap_mb=1)
+        torch.compile(model, backend="fgattn", options={**EAGER, "fgattn.stats": True})(tokens())
+    finally:
+        torch.distributed.destroy_process_group()
+    report = fg_inductor.report()
+    assert [row.site.path.split("blocks.")[1] for row in report] == [str(i) for i in range(8)]
+    assert len({row.site.index for row in report}) < 8
+    assert [row.density for row in report] == [0.5] * 8
+    assert counters["fgattn"] == {"rewritten": 8}
+
+
 def test_density_in_a_checkpoint_is_not_measured():
     model = Stack(call=lambda block, x: checkpoint(block, x, use_reentrant=False))
     compiled(model, **{"fgattn.stats": True})(tokens())
