@@ -17,8 +17,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_G = 32
-
 
 @triton.jit
 def _group_means(
@@ -55,11 +53,12 @@ def launch(x: Tensor, n: int, groups: int, order: Tensor | None = None, bias: Te
     """Means of n rows: [B, H, S, D] -> [B, H, groups, D]; groups beyond the last row are 0."""
     B, H, S, D = x.shape
     out = torch.empty(B, H, groups, D, dtype=x.dtype, device=x.device)
-    _group_means[(triton.cdiv(groups, BLOCK_G), B * H)](
+    block = max(4, 256 // n)  # long groups in small blocks, so that there are programs enough to fill a GPU
+    _group_means[(triton.cdiv(groups, block), B * H)](
         x, order, bias, out,
         *x.stride()[:3], 0 if bias is None else bias.stride(0),
         H, S, groups,
-        D=D, BLOCK_D=triton.next_power_of_2(D), N=n, BLOCK_G=BLOCK_G,
+        D=D, BLOCK_D=triton.next_power_of_2(D), N=n, BLOCK_G=block,
         HAS_ORDER=order is not None, HAS_BIAS=bias is not None,
         num_warps=4,
     )  # fmt: skip

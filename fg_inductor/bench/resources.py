@@ -105,7 +105,7 @@ def table() -> list[dict]:
     absent = dict.fromkeys(("tail_bias_ptr", "group_keys_ptr", "block_keys_ptr", "block_bias_ptr"))
     rows.append(resources(column_lists._column_lists, "N 8", lists | absent | {"TAIL": False}))
     rows.append(resources(column_lists._column_lists, "N 8 tail", lists | {"TAIL": True}))
-    means = dict(D=128, BLOCK_D=128, N=16, BLOCK_G=group_means.BLOCK_G, HAS_ORDER=True, HAS_BIAS=False, bias_ptr=None)
+    means = dict(D=128, BLOCK_D=128, N=16, BLOCK_G=16, HAS_ORDER=True, HAS_BIAS=False, bias_ptr=None)
     rows.append(resources(group_means._group_means, "N 16 order", means))
     scoring = dict(D=128, BLOCK_D=128, BLOCK_R=select_pooled.BLOCK_R, BLOCK_G=64, HAS_BIAS=False, PRECISION="tf32")
     scoring["bias_ptr"] = None
