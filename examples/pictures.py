@@ -52,7 +52,7 @@ def _draw_frames(figure, clip, noisy, dense, sparse, title):
     for j, (name, video) in enumerate(columns.items()):
         axes[0, j].set_title(name)
         for i, frame in enumerate(shown):
-            axes[i, j].imshow(_picture(video, frame))
+            axes[i, j].imshow(_picture(video, frame).numpy())
             axes[i, j].set(xticks=[], yticks=[])
     for i, frame in enumerate(shown):
         axes[i, 0].set_ylabel(f"frame {frame}")
@@ -60,7 +60,7 @@ def _draw_frames(figure, clip, noisy, dense, sparse, title):
 
 def _draw_mask(figure, keep, grid, settings, head):
     axis = figure.subplots()
-    axis.imshow(keep, aspect="auto", interpolation="nearest", cmap=ListedColormap([DROPPED, KEPT]), vmin=0, vmax=1)
+    axis.imshow(keep.numpy(), aspect="auto", interpolation="nearest", cmap=ListedColormap([DROPPED, KEPT]), vmin=0, vmax=1)
     per_frame = grid[1] * grid[2] / settings.n
     axis.set_title(f"block mask of {head}: blue is computed, {keep.float().mean():.0%} of all", loc="left")
     axis.set_xticks([per_frame * (frame + 0.5) for frame in range(grid[0])], [str(frame) for frame in range(grid[0])])
@@ -95,7 +95,7 @@ def _draw_slice(figure, clip, keep, order, grid, settings):
         axis.set(xticks=[], yticks=[], xlabel=f"frame {frame}")
         shade = kept[frame].repeat_interleave(patch, 0).repeat_interleave(patch, 1)[..., None]
         picture = _picture(clip, frame)
-        axis.imshow(torch.where(shade, picture, 0.82 + 0.12 * picture))
+        axis.imshow(torch.where(shade, picture, 0.82 + 0.12 * picture).numpy())
         if queries[frame].any():
             y, x = queries[frame].nonzero().T
             corner, size = (int(x.min()), int(y.min())), (int(x.max() - x.min()) + 1, int(y.max() - y.min()) + 1)

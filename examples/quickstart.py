@@ -50,7 +50,7 @@ def main() -> None:
     noisy = tiny_dit.add_noise(clip, NOISE)
     levels = torch.linspace(NOISE, 0, args.steps + 1).tolist()
     grid = (args.frames, args.side // tiny_dit.PATCH, args.side // tiny_dit.PATCH)
-    where = torch.cuda.get_device_name() if device == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    where = torch.cuda.get_device_name() if device.startswith("cuda") else f"CPU, {torch.get_num_threads()} threads"
     print(f"{args.frames} frames of {args.side}x{args.side} pixels = {grid[0] * grid[1] * grid[2]:,} tokens on {where}")
 
     # The same model twice. Both are compiled by Inductor; the second one attends sparsely.
@@ -122,7 +122,7 @@ class SelfAttentionInputs(TorchFunctionMode):
 
 def write_record(args, where, grid, dense_seconds, seconds, quality, density) -> None:
     """One row for the README's tables, in the format of ``examples/benchmarks/tables.py``."""
-    from fg_inductor.bench import environment
+    from fg_inductor.bench.common import environment
 
     row = {
         "bench": "quickstart", **environment(), "card": where,

@@ -111,10 +111,14 @@ class Settings:
     )
     min_seq: int = _option(4096, _length, "tokens; sites with fewer queries or keys stay dense")
     dense_first: float = _option(
-        0.0, _only(0.0, "steps are not counted yet"), "share of denoising steps attended densely"
+        0.0,
+        _only(0.0, "steps are not counted yet"),
+        "share of denoising steps attended densely (reserved: only the default)",
     )
     refresh: str = _option(
-        "every 8", _only("every 8", "masks are made anew at every step"), "when observed masks are remade"
+        "every 8",
+        _only("every 8", "masks are made anew at every step"),
+        "when observed masks are remade (reserved: only the default)",
     )
     when: str = _option(
         "faster",
@@ -122,7 +126,9 @@ class Settings:
         "'faster': where a gain is expected (everywhere on an uncalibrated card); or 'always'",
     )
     sites: None = _option(
-        None, _only(None, "settings by site are not read yet"), "a calibration file with settings by site"
+        None,
+        _only(None, "settings by site are not read yet"),
+        "a calibration file with settings by site (reserved: only the default)",
     )
     kernel: str = _option("auto", _one_of(*KERNELS), "force a kernel: 'auto' or 'portable'")
     strict: bool = _option(False, _flag, "raise where a video site cannot be rewritten, instead of leaving it dense")

@@ -17,7 +17,7 @@ from fg_inductor.settings import options_table
 
 HERE = Path(__file__).resolve().parent
 README = HERE.parent.parent / "README.md"
-ENVIRONMENT = ("bench", "card", "torch", "triton", "commit")
+ENVIRONMENT = ("bench", "card", "torch", "triton", "cudnn", "commit")
 LABELS = {
     "median_ms": "ms", "baseline_ms": "baseline, ms", "ratio": "speed-up", "kept": "kept density", "rate": "rate kept",
     "slice": "M x N", "psnr_db": "PSNR, dB", "lists_ms": "lists, ms", "select_ms": "selection, ms",
@@ -40,16 +40,15 @@ def _table(file: str, rows: list[dict]) -> str:
     names = [n for n in names if n not in (*ENVIRONMENT, *LAST)] + [n for n in LAST if n in names]
     shared = {n for n in names if len(rows) > 1 and all(r.get(n) == rows[0].get(n) for r in rows)}
     facts = "; ".join(f"{LABELS.get(n, n)} {_text(rows[0][n], n)}" for n in names if n in shared)
-    env = rows[0]
-    head = (
-        f"**{env['bench']}** on {env['card']}, torch {env['torch']}, Triton {env.get('triton')}, commit {env['commit']}"
-    )
+    versions = {"torch": "torch", "triton": "Triton", "cudnn": "cuDNN", "commit": "commit"}
+    env = ", ".join(f"{label} {rows[0][n]}" for n, label in versions.items() if rows[0].get(n))
     columns = [n for n in names if n not in shared]
+    numbers = {n for n in columns if any(isinstance(r.get(n), (int, float)) for r in rows)}
     lines = [
-        f"{head} (`{file}`){': ' + facts if facts else ''}.",
+        f"**{rows[0]['bench']}** on {rows[0]['card']}, {env} (`{file}`){': ' + facts if facts else ''}.",
         "",
         "| " + " | ".join(LABELS.get(n, n) for n in columns) + " |",
-        "| " + " | ".join("---:" if isinstance(rows[0].get(n), (int, float)) else "---" for n in columns) + " |",
+        "| " + " | ".join("---:" if n in numbers else "---" for n in columns) + " |",
         *("| " + " | ".join(_text(row.get(n), n) for n in columns) + " |" for row in rows),
     ]
     return "\n".join(lines)

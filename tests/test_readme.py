@@ -1,0 +1,52 @@
+"""README.md holds what it promises: generated sections are up to date, commands and files exist."""
+
+import importlib.util
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text()
+
+
+@pytest.fixture(scope="module")
+def tables():
+    spec = importlib.util.spec_from_file_location("tables", ROOT / "examples/benchmarks/tables.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_generated_sections_are_up_to_date(tables):
+    assert tables.updated(README) == README, "run python examples/benchmarks/tables.py"
+
+
+def test_a_lost_marker_is_named(tables):
+    with pytest.raises(ValueError, match="measured: end"):
+        tables.updated(README.replace("<!-- measured: end -->", ""))
+
+
+def test_tables_say_shared_values_once(tables, tmp_path):
+    head = {"bench": "attention", "card": "A card", "torch": "2.11", "triton": "3.6", "commit": "abc", "dtype": "half"}
+    rows = [
+        {**head, "slice": "128x1", "baseline_ms": 8.0, "median_ms": 4.0, "ratio": 2.0, "error": None},
+        {**head, "slice": "128x8", "baseline_ms": 8.0, "median_ms": 3.0, "ratio": 8 / 3, "error": 0.0021},
+    ]
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    assert tables.measured_tables(tmp_path).splitlines() == [
+        "**attention** on A card, torch 2.11, Triton 3.6, commit abc (`a.json`): dtype half; baseline, ms 8.",
+        "",
+        "| M x N | error | ms | speed-up |",
+        "| --- | ---: | ---: | ---: |",
+        "| 128x1 |  | 4 | 2.00x |",
+        "| 128x8 | 0.0021 | 3 | 2.67x |",
+    ]
+
+
+@pytest.mark.parametrize(
+    "path", sorted(set(re.findall(r"[(`]((?:examples|tests|passes|kernels|fg_inductor)/[\w./]*)", README)))
+)
+def test_paths_exist(path):
+    assert (ROOT / path).exists()
