@@ -60,7 +60,8 @@ def _draw_frames(figure, clip, noisy, dense, sparse, title):
 
 def _draw_mask(figure, keep, grid, settings, head):
     axis = figure.subplots()
-    axis.imshow(keep.numpy(), aspect="auto", interpolation="nearest", cmap=ListedColormap([DROPPED, KEPT]), vmin=0, vmax=1)
+    colours = ListedColormap([DROPPED, KEPT])
+    axis.imshow(keep.numpy(), aspect="auto", interpolation="nearest", cmap=colours, vmin=0, vmax=1)
     per_frame = grid[1] * grid[2] / settings.n
     axis.set_title(f"block mask of {head}: blue is computed, {keep.float().mean():.0%} of all", loc="left")
     axis.set_xticks([per_frame * (frame + 0.5) for frame in range(grid[0])], [str(frame) for frame in range(grid[0])])
