@@ -60,13 +60,13 @@ def test_density_1_draws_the_same_video(quickstart):
 
 
 def test_the_model_denoises(modules):
-    """Weights and clip are the right ones: an untrained model, or another clip's prompt, doesn't come near."""
+    """By 11 dB: weights are dequantised, noise levels and timesteps mean what they did in training."""
     _, tiny_dit = modules
     model = tiny_dit.load_model()
     clip = tiny_dit.load_clip(5, 96)
     noisy = tiny_dit.add_noise(clip, 0.5)
     denoised, seconds = tiny_dit.denoise(model, noisy, [0.5, 0.25, 0.0])
-    assert tiny_dit.psnr(denoised, clip) > tiny_dit.psnr(noisy, clip) + 6
+    assert tiny_dit.psnr(denoised, clip) > tiny_dit.psnr(noisy, clip) + 8
     assert len(seconds) == 2
 
 
