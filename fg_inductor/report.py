@@ -121,10 +121,10 @@ class Meter:
     @torch.no_grad()
     def _add(self, densities: Sequence[Tensor]) -> None:
         if any(isinstance(d, FakeTensor) for d in densities):
-            return  # DDP's graph splitter calls compiled code to learn shapes
-        # Not in place: a sum begun in inference mode may go on outside it. Not kept: CUDA graphs reuse their outputs.
-        start = self.totals or [torch.zeros_like(d) for d in densities]
-        self.totals = list(torch._foreach_add(start, list(densities)))
+            return  # DDP's graph splitter runs compiled code for its shapes
+        # Grad and inference mode are guarded, so that a graph always runs in the one in which its sums began.
+        self.totals = self.totals or [torch.zeros_like(d) for d in densities]
+        torch._foreach_add_(self.totals, list(densities))
         self.calls += 1
 
     def means(self) -> dict[int, float]:

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fg_inductor
 from fg_inductor.passes import sdpa
-from fg_inductor.report import COLUMNS, Report
+from fg_inductor.report import COLUMNS, Meter, Report
 from fg_inductor.toy_models import SHORT, SelfAttention, Stack, tokens
 
 EAGER = {**SHORT, "fgattn.inner": "eager", "fgattn.density": 0.5}
@@ -111,8 +111,9 @@ def first_line(caplog):
     ids=["some", "none", "no-attention"],
 )
 def test_first_line_is_said_once(caplog, model, start):
-    for _ in range(2):
-        compiled(model(), **{"fgattn.quiet": False})(tokens())
+    for width in (128, 192):
+        compiled(model(), **{"fgattn.quiet": False})(tokens(width))
+    assert counters["stats"]["unique_graphs"] == 2
     (line,) = first_line(caplog)
     assert line.startswith(f"fgattn: {start}")
     assert "fg_inductor.report()" in line
@@ -231,6 +232,14 @@ def test_density_is_the_mean_over_calls():
     assert mean == pytest.approx((first + 2 * second) / 3)
 
 
+def test_meter_keeps_its_outputs_to_itself():
+    meter = Meter([3, 5])
+    run = meter.wrap(lambda x: (x, x + 1, torch.tensor(0.25), torch.tensor(1.0)))
+    assert run(1) == (1, 2)
+    assert run(2) == (2, 3)
+    assert meter.means() == {3: 0.25, 5: 1.0}
+
+
 def test_density_with_symbolic_length():
     run = compiled(SelfAttention(), **{"fgattn.stats": True, "fgattn.inner": "aot_eager", "fgattn.density": 1.0})
     for length in (96, 130):
@@ -242,11 +251,14 @@ def test_density_with_symbolic_length():
 
 
 def test_density_of_a_graph_that_ddp_splits():
-    """Several graphs of one compile id, each of which DDP's splitter also calls with fake tensors."""
+    """Several graphs of one compile id; DDP's splitter also calls them with fake tensors."""
     torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
     try:
         model = torch.nn.parallel.DistributedDataParallel(Stack(8), bucket_cap_mb=1)
-        torch.compile(model, backend="fgattn", options={**EAGER, "fgattn.stats": True})(tokens())
+        options = {**EAGER, "fgattn.inner": "aot_eager", "fgattn.stats": True}
+        run = torch.compile(model, backend="fgattn", options=options)
+        for _ in range(2):
+            run(tokens()).sum().backward()
     finally:
         torch.distributed.destroy_process_group()
     report = fg_inductor.report()

@@ -1,6 +1,7 @@
 """Compiled training: gradients, and what checkpointing saves and recomputes."""
 
 import functools
+import operator
 
 import pytest
 import torch
@@ -124,6 +125,28 @@ def test_checkpoint_policies(sparse_gradients, call, runs):
         torch.testing.assert_close(result, other)
     calls = count_calls(lambda: gradients(model, run, {"x": x}))
     assert calls == {"select_pooled": runs, "attention": runs, "attention_backward": 1}
+
+
+@pytest.mark.parametrize("backward", [True, False], ids=["joint", "inference"])
+@pytest.mark.parametrize("tag", [None, *CheckpointPolicy], ids=str)
+def test_saves_what_belongs_together(tag, backward):
+    """Whatever the parts are marked: what attention is marked decides for its outputs and its mask."""
+    graph = torch.fx.Graph()
+    q, mask = graph.placeholder("q"), graph.placeholder("mask")
+    arguments = (None, None, 0.125, 64, 8, "none", 0)
+    attention = graph.call_function(torch.ops.fgattn.attention.default, (q, q, q, mask, *arguments))
+    out, lse = (graph.call_function(operator.getitem, (attention, i)) for i in range(2))
+    if backward:
+        saved = (q, q, q, q, out, lse, mask)
+        graph.call_function(torch.ops.fgattn.attention_backward.default, (*saved, *arguments))
+    attention.meta["recompute"] = tag
+    for node in (out, lse, mask):
+        node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
+    checkpoint_pass.save_masks(graph)
+    keeps = backward and tag not in (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
+    expected = CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
+    assert [node.meta["recompute"] for node in (out, lse, mask)] == [expected] * 3
+    assert "recompute" not in q.meta
 
 
 def test_policy_is_asked_about_attention_only_for_attention():
