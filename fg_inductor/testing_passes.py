@@ -24,6 +24,9 @@ from fg_inductor.settings import Settings
 SMALL = {"min_seq": 1, "slice": "16x8", "when": "always", "quiet": True}
 
 
+OPERATORS = ("scaled_dot_product_attention", "select_pooled", "attention", "query_order")
+
+
 @dataclasses.dataclass
 class PassBackend:
     """A backend that runs the pass and executes what it made, eagerly.
@@ -70,11 +73,10 @@ class PassBackend:
             merged.append(arguments)
         return merged
 
-    def counts(self) -> dict[str, int]:
-        """How often the graphs call each attention operator."""
+    def counts(self) -> tuple[int, ...]:
+        """How often the graphs call each of OPERATORS."""
         found = Counter(name(node) for gm in self.graphs for graph in _graphs(gm) for node in graph.nodes)
-        wanted = ("scaled_dot_product_attention", "select_pooled", "attention", "query_order")
-        return {key: found[key] for key in wanted if found[key]}
+        return tuple(found[operator] for operator in OPERATORS)
 
 
 def run_pass(
