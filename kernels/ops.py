@@ -276,8 +276,14 @@ def _kept_density_fake(mask, key_bias, queries, keys, m, n):
     return mask.new_empty((), dtype=torch.float32)
 
 
+def _kept_density_cuda(mask, key_bias, queries, keys, m, n):
+    from fg_inductor.kernels import kept_density
+
+    return kept_density.launch(mask, key_bias, queries, keys, m, n)
+
+
 torch.library.impl("fgattn::kept_density", "CPU", reference.kept_density)
-torch.library.impl("fgattn::kept_density", "CUDA", reference.kept_density)
+torch.library.impl("fgattn::kept_density", "CUDA", _kept_density_cuda)
 torch.library.register_autograd("fgattn::kept_density", lambda ctx, grad: (None,) * 6)
 
 
