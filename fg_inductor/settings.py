@@ -6,8 +6,8 @@ import numbers
 from dataclasses import dataclass
 from typing import Any
 
+from fg_inductor.kernels.checks import POOLS, TAILS
 from fg_inductor.kernels.mask import GROUPS, SLICES
-from fg_inductor.kernels.ops import POOLS, TAILS
 
 PREFIX = "fgattn."
 MASKS = ("pooled", "dense")

@@ -10,12 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fg_inductor.kernels import reference
-from fg_inductor.kernels.mask import GROUPS, SLICES, slice_count, word_count
-
-DTYPES = (torch.bfloat16, torch.float16, torch.float32)
-HEAD_DIMS = (64, 96, 128, 256)
-TAILS = ("none", "pooled")
-POOLS = (8, 16, 32, 64, 128)
+from fg_inductor.kernels.checks import check_attention, check_select, check_slice, fail
+from fg_inductor.kernels.mask import slice_count, word_count
 
 SCHEMAS = {
     "select_pooled": "(Tensor q, Tensor k, Tensor? key_bias, Tensor? order, float scale, int m, int n, int pool, "
@@ -33,96 +29,6 @@ for _name, _schema in SCHEMAS.items():
     torch.library.define(f"fgattn::{_name}", _schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
 
 
-# Checks. Sizes are compared only where both are plain ints: comparing SymInts would add a guard to the user's graph.
-
-
-def _differ(a, b) -> bool:
-    return isinstance(a, int) and isinstance(b, int) and a != b
-
-
-def _require(ok: bool, op: str, message: str) -> None:
-    if not ok:
-        raise ValueError(f"fgattn::{op}: {message}")
-
-
-def _check(op, q, k, v, mask, key_bias, order, m, n):
-    tensors = {"q": q, "k": k} | ({} if v is None else {"v": v})
-    for name, x in tensors.items():
-        _require(x.dim() == 4, op, f"{name} must be [B, H, S, D], got {tuple(x.shape)}; add the missing dimensions.")
-        sizes = [size for size in x.shape if isinstance(size, int)]
-        _require(0 not in sizes, op, f"{name} {tuple(x.shape)} is empty; leave such calls out.")
-        _require(
-            x.dtype == q.dtype and x.device == q.device, op,
-            f"{name} is {x.dtype} on {x.device} but q is {q.dtype} on {q.device}; give them one dtype and device.",
-        )  # fmt: skip
-        _require(
-            not _differ(x.shape[3], q.shape[3]) and not _differ(x.shape[0], q.shape[0]), op,
-            f"{name} {tuple(x.shape)} must share batch and head dim with q {tuple(q.shape)}.",
-        )  # fmt: skip
-        if name != "q":
-            _require(
-                not _differ(x.shape[1], k.shape[1]) and not _differ(x.shape[2], k.shape[2]), op,
-                f"v {tuple(x.shape)} must have the heads and the length of k {tuple(k.shape)}.",
-            )  # fmt: skip
-    allowed = DTYPES if q.device.type != "cpu" else (*DTYPES, torch.float64)
-    _require(q.dtype in allowed, op, f"dtype {q.dtype} is not supported; cast q, k and v to one of {allowed}.")
-    dim = q.shape[3]
-    on_cuda = q.device.type == "cuda"
-    _require(
-        not on_cuda or not isinstance(dim, int) or dim in HEAD_DIMS, op,
-        f"head dim {dim} has no kernel; the kernels have {HEAD_DIMS}: pad q, k and v with zeros to the next one.",
-    )  # fmt: skip
-    heads, kv_heads = q.shape[1], k.shape[1]
-    if isinstance(heads, int) and isinstance(kv_heads, int):
-        _require(
-            kv_heads > 0 and heads % kv_heads == 0, op,
-            f"{heads} query heads are not a multiple of {kv_heads} KV heads; repeat k and v.",
-        )  # fmt: skip
-    _require(m in SLICES, op, f"m={m} queries a slice; choose one of {SLICES}.")
-    _require(n in GROUPS, op, f"n={n} keys a group; choose one of {GROUPS}.")
-    if mask is not None:
-        expected = (q.shape[0], q.shape[1], slice_count(q.shape[2], m), word_count(k.shape[2], n))
-        _require(
-            mask.dtype == torch.int32 and mask.dim() == 4 and mask.device == q.device, op,
-            f"mask must be int32 [B, Hq, T, W] on {q.device}, got {mask.dtype} {tuple(mask.shape)} on {mask.device}.",
-        )  # fmt: skip
-        _require(
-            not any(map(_differ, mask.shape, expected)), op,
-            f"mask has shape {tuple(mask.shape)}, but {tuple(q.shape)} queries and {k.shape[2]} keys with m={m}, n={n} "
-            f"need {expected}; make it with the same m and n.",
-        )  # fmt: skip
-    if key_bias is not None:
-        _require(
-            key_bias.dim() == 2 and (key_bias.dtype == torch.bool or key_bias.is_floating_point())
-            and not _differ(key_bias.shape[0], q.shape[0]) and not _differ(key_bias.shape[1], k.shape[2])
-            and key_bias.device == q.device, op,
-            f"key_bias must be bool (True = attend) or float [B, Sk] = [{q.shape[0]}, {k.shape[2]}] on {q.device}, got "
-            f"{key_bias.dtype} {tuple(key_bias.shape)} on {key_bias.device}.",
-        )  # fmt: skip
-    if order is not None:
-        _require(
-            order.dim() == 1 and order.dtype == torch.int32 and not _differ(order.shape[0], q.shape[2])
-            and order.device == q.device, op,
-            f"order must be an int32 permutation of the {q.shape[2]} queries on {q.device}, got {order.dtype} "
-            f"{tuple(order.shape)} on {order.device}.",
-        )  # fmt: skip
-
-
-def _check_select(q, k, key_bias, order, m, n, pool, top_p, density, max_density, dense_keys, dense_queries):
-    op = "select_pooled"
-    _check(op, q, k, None, None, key_bias, order, m, n)
-    _require(pool in POOLS, op, f"pool={pool} queries a mean; choose one of {POOLS}.")
-    for name, x in {"top_p": top_p, "density": density, "max_density": max_density}.items():
-        _require(x is None or 0 < x <= 1, op, f"{name}={x} must lie in (0, 1].")
-    for name, x in {"dense_keys": dense_keys, "dense_queries": dense_queries}.items():
-        _require(len(x) % 2 == 0, op, f"{name} must hold [start, end) pairs, got {len(x)} numbers.")
-
-
-def _check_attention(q, k, v, mask, key_bias, order, m, n, tail):
-    _check("attention", q, k, v, mask, key_bias, order, m, n)
-    _require(tail in TAILS, "attention", f"tail={tail!r}; choose one of {TAILS}.")
-
-
 def _unit_stride(*tensors):
     """Kernels take any strides but a contiguous last dimension."""
     return (t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
@@ -135,13 +41,13 @@ def _unit_stride(*tensors):
 def _select_pooled_fake(
     q, k, key_bias, order, scale, m, n, pool, top_p, density, max_density, dense_keys, dense_queries, min_seq
 ):
-    _check_select(q, k, key_bias, order, m, n, pool, top_p, density, max_density, dense_keys, dense_queries)
+    check_select(q, k, key_bias, order, m, n, pool, top_p, density, max_density, dense_keys, dense_queries)
     return q.new_empty(q.shape[0], q.shape[1], slice_count(q.shape[2], m), word_count(k.shape[2], n), dtype=torch.int32)
 
 
 def _select_pooled(select):
     def run(q, k, key_bias, order, scale, m, n, pool, top_p, density, max_density, dense_keys, dense_queries, min_seq):
-        _check_select(q, k, key_bias, order, m, n, pool, top_p, density, max_density, dense_keys, dense_queries)
+        check_select(q, k, key_bias, order, m, n, pool, top_p, density, max_density, dense_keys, dense_queries)
         if min(q.shape[2], k.shape[2]) < min_seq:
             return reference.full_mask(q, k, m, n)
         pool = min(pool, m)
@@ -174,7 +80,7 @@ def _empty_out(q: Tensor) -> Tensor:
 
 @torch.library.register_fake("fgattn::attention")
 def _attention_fake(q, k, v, mask, key_bias, order, scale, m, n, tail, min_seq):
-    _check_attention(q, k, v, mask, key_bias, order, m, n, tail)
+    check_attention(q, k, v, mask, key_bias, order, m, n, tail)
     return _empty_out(q), q.new_empty(q.shape[0], q.shape[1], q.shape[2], dtype=torch.float32)
 
 
@@ -189,7 +95,7 @@ def _dense(q, k, v, key_bias, scale):
 
 def _attention(forward):
     def run(q, k, v, mask, key_bias, order, scale, m, n, tail, min_seq):
-        _check_attention(q, k, v, mask, key_bias, order, m, n, tail)
+        check_attention(q, k, v, mask, key_bias, order, m, n, tail)
         if min(q.shape[2], k.shape[2]) < min_seq:
             return _dense(q, k, v, key_bias, scale)
         return forward(q, k, v, mask, key_bias, order, scale, m, n, tail)
@@ -251,17 +157,14 @@ torch.library.register_autograd("fgattn::attention_backward", _no_double_backwar
 
 @torch.library.register_fake("fgattn::query_order")
 def _query_order_fake(t, h, w, before, after, m, device):
-    _require(m in SLICES, "query_order", f"m={m} queries a slice; choose one of {SLICES}.")
+    check_slice("query_order", m)
     return torch.empty(before + t * h * w + after, dtype=torch.int32, device=device)
 
 
 def _query_order(t, h, w, before, after, m, device):
-    _require(m in SLICES, "query_order", f"m={m} queries a slice; choose one of {SLICES}.")
-    _require(
-        min(t, h, w) > 0 and min(before, after) >= 0,
-        "query_order",
-        f"token grid {(t, h, w)} with {before} tokens before and {after} after; sizes must be positive.",
-    )
+    check_slice("query_order", m)
+    if min(t, h, w) <= 0 or min(before, after) < 0:
+        fail("query_order", f"token grid {(t, h, w)}, {before} tokens before and {after} after; give positive sizes.")
     return reference.query_order(t, h, w, before, after, m, device)
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.fx import Node
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-from fg_inductor.kernels.ops import DTYPES, HEAD_DIMS
+from fg_inductor.kernels.checks import DTYPES, HEAD_DIMS
 from fg_inductor.passes import key_mask, provenance
 from fg_inductor.passes.graph import known, name, same, shape_text, value
 from fg_inductor.passes.layout import Layout

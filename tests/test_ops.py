@@ -10,6 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 
 from fg_inductor.kernels import ops, reference
+from fg_inductor.kernels.checks import TAILS
 from fg_inductor.kernels.mask import unpack
 from fg_inductor.testing import (
     Case,
@@ -141,7 +142,7 @@ def test_double_backward_is_refused():
 # min_seq
 
 
-@pytest.mark.parametrize("tail", ops.TAILS)
+@pytest.mark.parametrize("tail", TAILS)
 @pytest.mark.parametrize("bias", [None, "padding", "float", "additive", "entry"])
 def test_below_min_seq_attention_is_dense(bias, tail):
     q, k, v = (x.requires_grad_() for x in make_qkv(2, 4, 2, queries=70, keys=150, dtype=torch.bfloat16))
@@ -223,7 +224,7 @@ def _sparse(q, k, v, tail, min_seq):
 
 
 @pytest.mark.parametrize("autocast", [False, True], ids=["", "autocast"])
-@pytest.mark.parametrize("tail", ops.TAILS)
+@pytest.mark.parametrize("tail", TAILS)
 def test_compiles_once_for_every_length(tail, autocast):
     backend = CompileCounterWithBackend("aot_eager")
     compiled = torch.compile(_sparse, fullgraph=True, backend=backend)
@@ -251,7 +252,7 @@ def _symbolic(mode, x, *dynamic):
     return mode.from_tensor(x, symbolic_context=StatelessSymbolicContext(dynamic_sizes=sizes))
 
 
-@pytest.mark.parametrize("tail", ops.TAILS)
+@pytest.mark.parametrize("tail", TAILS)
 def test_symbolic_sizes_get_no_guard(tail):
     env = ShapeEnv()
     mode = FakeTensorMode(shape_env=env)

@@ -16,6 +16,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fg_inductor.bench.common import PRESETS, environment, median_ms, save, show
 from fg_inductor.kernels import column_lists, ops, reference
+from fg_inductor.kernels.checks import TAILS
 from fg_inductor.kernels.mask import group_count, pack, slice_count, unpack, word_count
 
 
@@ -51,7 +52,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--preset", choices=PRESETS, default="wan2.1-1.3b-480p")
     parser.add_argument("--slices", nargs="+", default=["128x1", "128x8"], help="MxN")
     parser.add_argument("--densities", nargs="+", type=float, default=[1.0, 0.3, 0.15])
-    parser.add_argument("--tail", nargs="+", choices=ops.TAILS, default=["none"])
+    parser.add_argument("--tail", nargs="+", choices=TAILS, default=["none"])
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--out", help="a JSON file for the records")
     args = parser.parse_args(argv)

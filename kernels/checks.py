@@ -1,0 +1,127 @@
+"""Checks of the operators' arguments: who, what was wrong with the actual value, what to do.
+
+They run at every call, so a message is put together only where it is raised. Sizes are compared only where both are
+plain ints: comparing SymInts would add a guard to the user's graph.
+"""
+
+from typing import NoReturn
+
+import torch
+from torch import Tensor
+
+from fg_inductor.kernels.mask import GROUPS, SLICES, slice_count, word_count
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+HEAD_DIMS = (64, 96, 128, 256)
+TAILS = ("none", "pooled")
+POOLS = (8, 16, 32, 64, 128)
+
+
+def fail(op: str, message: str) -> NoReturn:
+    """Raise ValueError in the name of an operator."""
+    raise ValueError(f"fgattn::{op}: {message}")
+
+
+def _differ(a, b) -> bool:
+    return isinstance(a, int) and isinstance(b, int) and a != b
+
+
+def _shape(x: Tensor) -> tuple:
+    return tuple(x.shape)
+
+
+def check_slice(op: str, m: int, n: int | None = None) -> None:
+    """m queries a slice, n keys a group."""
+    if m not in SLICES:
+        fail(op, f"m={m} queries a slice; choose one of {SLICES}.")
+    if n is not None and n not in GROUPS:
+        fail(op, f"n={n} keys a group; choose one of {GROUPS}.")
+
+
+def _check_tensor(op: str, name: str, x: Tensor, q: Tensor) -> None:
+    if x.dim() != 4:
+        fail(op, f"{name} must be [B, H, S, D], got {_shape(x)}; add the missing dimensions.")
+    if any(isinstance(size, int) and size == 0 for size in x.shape):
+        fail(op, f"{name} {_shape(x)} is empty; leave such calls out.")
+    if x.dtype != q.dtype or x.device != q.device:
+        fail(op, f"{name} is {x.dtype} on {x.device} but q is {q.dtype} on {q.device}; give them one dtype and device.")
+    if _differ(x.shape[3], q.shape[3]) or _differ(x.shape[0], q.shape[0]):
+        fail(op, f"{name} {_shape(x)} must share batch and head dim with q {_shape(q)}.")
+
+
+def check_tensors(
+    op: str, q: Tensor, k: Tensor, v: Tensor | None, key_bias: Tensor | None, order: Tensor | None
+) -> None:
+    """q [B, Hq, Sq, D], k and v [B, Hkv, Sk, D], key_bias [B, Sk], order int32 [Sq], on one device."""
+    _check_tensor(op, "q", q, q)
+    _check_tensor(op, "k", k, q)
+    if v is not None:
+        _check_tensor(op, "v", v, q)
+        if _differ(v.shape[1], k.shape[1]) or _differ(v.shape[2], k.shape[2]):
+            fail(op, f"v {_shape(v)} must have the heads and the length of k {_shape(k)}.")
+    device, dim = q.device, q.shape[3]
+    if q.dtype not in DTYPES and not (device.type == "cpu" and q.dtype == torch.float64):
+        fail(op, f"dtype {q.dtype} is not supported; cast q, k and v to one of {DTYPES}.")
+    if device.type == "cuda" and isinstance(dim, int) and dim not in HEAD_DIMS:
+        fail(op, f"head dim {dim} has no kernel; there are {HEAD_DIMS}: pad q, k and v with zeros to the next one.")
+    heads, kv_heads = q.shape[1], k.shape[1]
+    if isinstance(heads, int) and isinstance(kv_heads, int) and heads % kv_heads:
+        fail(op, f"{heads} query heads are not a multiple of {kv_heads} KV heads; repeat k and v.")
+    if key_bias is not None and (
+        key_bias.dim() != 2
+        or not (key_bias.dtype == torch.bool or key_bias.is_floating_point())
+        or _differ(key_bias.shape[0], q.shape[0])
+        or _differ(key_bias.shape[1], k.shape[2])
+        or key_bias.device != device
+    ):
+        fail(
+            op,
+            f"key_bias must be bool (True = attend) or float [B, Sk] = [{q.shape[0]}, {k.shape[2]}] on {device}, got "
+            f"{key_bias.dtype} {_shape(key_bias)} on {key_bias.device}.",
+        )
+    if order is not None and (
+        order.dim() != 1 or order.dtype != torch.int32 or _differ(order.shape[0], q.shape[2]) or order.device != device
+    ):
+        fail(
+            op,
+            f"order must be an int32 permutation of the {q.shape[2]} queries on {device}, got {order.dtype} "
+            f"{_shape(order)} on {order.device}.",
+        )
+
+
+def check_mask(op: str, mask: Tensor, q: Tensor, k: Tensor, m: int, n: int) -> None:
+    """mask int32 [B, Hq, T, W]."""
+    if mask.dtype != torch.int32 or mask.dim() != 4 or mask.device != q.device:
+        fail(op, f"mask must be int32 [B, Hq, T, W] on {q.device}, got {mask.dtype} {_shape(mask)} on {mask.device}.")
+    expected = (q.shape[0], q.shape[1], slice_count(q.shape[2], m), word_count(k.shape[2], n))
+    if any(map(_differ, mask.shape, expected)):
+        fail(
+            op,
+            f"mask has shape {_shape(mask)}, but {_shape(q)} queries and {k.shape[2]} keys with m={m}, n={n} need "
+            f"{expected}; make it with the same m and n.",
+        )
+
+
+def check_select(q, k, key_bias, order, m, n, pool, top_p, density, max_density, dense_keys, dense_queries) -> None:
+    """The arguments of ``select_pooled``."""
+    op = "select_pooled"
+    check_tensors(op, q, k, None, key_bias, order)
+    check_slice(op, m, n)
+    if pool not in POOLS:
+        fail(op, f"pool={pool} queries a mean; choose one of {POOLS}.")
+    for name, x in (("top_p", top_p), ("density", density), ("max_density", max_density)):
+        if x is not None and not 0 < x <= 1:
+            fail(op, f"{name}={x} must lie in (0, 1].")
+    for name, x in (("dense_keys", dense_keys), ("dense_queries", dense_queries)):
+        if len(x) % 2:
+            fail(op, f"{name} must hold [start, end) pairs, got {len(x)} numbers.")
+
+
+def check_attention(q, k, v, mask, key_bias, order, m, n, tail) -> None:
+    """The arguments of ``attention``."""
+    op = "attention"
+    check_tensors(op, q, k, v, key_bias, order)
+    check_slice(op, m, n)
+    check_mask(op, mask, q, k, m, n)
+    if tail not in TAILS:
+        fail(op, f"tail={tail!r}; choose one of {TAILS}.")
