@@ -104,13 +104,13 @@ def fake_mode(node: Node):
     return next((fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor)), None)
 
 
-def call(graph: Graph, target, args: tuple, origin: Node, cast: torch.dtype | None = None) -> Node:
-    """Insert ``target(*args)`` at the insertion point, with its fake value and the metadata of ``origin``.
+def call(graph: Graph, target, args: tuple, origin: Node, cast: torch.dtype | None = None, **kwargs) -> Node:
+    """Insert ``target(*args, **kwargs)`` at the insertion point, with its fake value and the metadata of ``origin``.
 
     Without a fake value on every node AOTAutograd's cache is silently off. ``cast`` is the dtype that autocast gives
     floating-point arguments at this place of the program, where it is on.
     """
-    node = graph.call_function(target, args)
+    node = graph.call_function(target, args, kwargs)
     node.meta = {key: x for key, x in origin.meta.items() if key in ("nn_module_stack", "stack_trace", "custom")}
 
     def fake(n: Node):
@@ -119,7 +119,7 @@ def call(graph: Graph, target, args: tuple, origin: Node, cast: torch.dtype | No
 
     key = next((key for key in VALUE_KEYS if key in origin.meta), VALUE_KEYS[0])
     with fake_mode(origin) or contextlib.nullcontext():
-        node.meta[key] = target(*map_arg(args, fake))
+        node.meta[key] = target(*map_arg(args, fake), **map_arg(kwargs, fake))
     return node
 
 

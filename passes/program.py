@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 from torch.fx.node import map_arg
 
-from fg_inductor.passes.graph import name, names, value
+from fg_inductor.passes.graph import argument, name, names, value
 
 # Results that share the storage of their first argument: a write to one is a write to the other.
 VIEWS = names(
@@ -89,8 +89,8 @@ class Program:
         in_place = node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__")
         if node.target is operator.setitem or in_place:
             base = node.args[0]
-            while name(base) in VIEWS and isinstance(base.args[0], Node):
-                base = base.args[0]
+            while name(base) in VIEWS and isinstance(source := argument(base, 0, "input"), Node):
+                base = source
             self._writes[base] += [n for n in node.all_input_nodes if n is not node.args[0]]
             self._mark(base)
         self._mark(node)

@@ -7,16 +7,20 @@ over data-dependent text need not be provably equal.
 import re
 
 import torch
+from torch import Tensor
 from torch.fx import Node
 
-from fg_inductor.passes.graph import known, name, names, value
+from fg_inductor.passes.graph import argument, known, name, names, value
 from fg_inductor.passes.program import Program
 
 CONVOLUTIONS = frozenset(("conv1d", "conv2d", "conv3d"))
 LINEARS = frozenset(("linear", "addmm")) | CONVOLUTIONS
 MATMULS = re.compile("matmul|einsum|mm(_|$)")  # mm, bmm, _scaled_mm, _weight_int8pack_mm, ...
 # Selections of tokens: the part is another source than the whole.
-PARTS = names("getitem narrow select index_select gather chunk split split_with_sizes unbind tensor_split")
+PARTS = names(
+    "getitem narrow select index_select gather masked_select take_along_dim chunk split split_with_sizes tensor_split "
+    "unbind"
+)
 
 
 def is_projection(program: Program, node: Node) -> bool:
@@ -66,7 +70,7 @@ def _source(program: Program, node: Node, merge: bool = True) -> Node:
     while True:
         if is_projection(program, node) and not _is_low_rank(program, node):
             return node
-        if name(node) in PARTS and not isinstance(value(node.args[0]), (tuple, list)):
+        if name(node) in PARTS and isinstance(value(argument(node, 0, "input")), Tensor):
             return node
         inputs = list(dict.fromkeys(program.activations(node)))
         if len(inputs) > 1 and merge:  # x / amax(x): one tensor by two ways
@@ -78,7 +82,7 @@ def _source(program: Program, node: Node, merge: bool = True) -> Node:
 
 def _is_low_rank(program: Program, node: Node) -> bool:
     x, y = value(program.activations(node)[0]), value(node)
-    return isinstance(x, torch.Tensor) and isinstance(y, torch.Tensor) and known(y.shape[-1] < x.shape[-1])
+    return isinstance(x, Tensor) and isinstance(y, Tensor) and known(y.shape[-1] < x.shape[-1])
 
 
 def sources(program: Program, found: list[Node], open_cats: bool = False) -> set[Node]:
@@ -92,7 +96,7 @@ def sources(program: Program, found: list[Node], open_cats: bool = False) -> set
 
 
 def kind_of(program: Program, q: Node, k: Node) -> str:
-    """One of ``site.KINDS``."""
+    """The kind of a site, as ``Site`` lists them."""
     found = projections(program, q), projections(program, k)
     for open_cats in (False, True):
         of_q, of_k = (sources(program, x, open_cats) for x in found)

@@ -98,6 +98,8 @@ def _unsupported(call: Call, kind: str, program: Program) -> tuple[str, ...] | N
     q, k, v = call.tensors
     if _context_parallel():
         return "context parallel", "ring attention needs the dense operator"
+    if any(torch._C._functorch.is_functorch_wrapped_tensor(x) for x in (q, k, v)):
+        return ("inside a torch.func transform",)
     for x in (q, k, v):
         if is_traceable_wrapper_subclass(x) or x.is_nested:
             return "tensor subclass", type(x).__name__

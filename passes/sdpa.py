@@ -14,7 +14,8 @@ from torch.fx import Graph, GraphModule, Node
 
 from fg_inductor.kernels import ops
 from fg_inductor.passes import key_mask, provenance, segments
-from fg_inductor.passes.graph import Extent, add, call, known, module_path, product, same, shape_text, value
+from fg_inductor.passes.graph import Extent, add, call, known, module_path, name, product, same, shape_text, value
+from fg_inductor.passes.key_mask import CASTS
 from fg_inductor.passes.layout import Layout
 from fg_inductor.passes.program import Program
 from fg_inductor.passes.refusal import Call, refusal
@@ -72,8 +73,7 @@ class _Rewriter:
                 return Site(**row, decision="dense", reason=refused.reason, detail=refused.detail, video=refused.video)
             min_seq, details = self._replace(attention, row["kind"], index)
         except Exception as error:
-            while node.prev is not last:
-                node.graph.erase_node(node.prev)
+            self._undo(node, last)
             if self.settings.strict:
                 raise
             where = row["path"] or f"site {index}"
@@ -105,11 +105,22 @@ class _Rewriter:
             attention_args = (q, k, v, mask, bias, order, *shape, settings.tail, min_seq)
             result = call(graph, ops.attention, attention_args, node, cast)
             out = call(graph, operator.getitem, (result, 0), node)
+            if _is_contiguous(value(node)) and _is_viewed(node):
+                clone = torch.ops.aten.clone.default
+                out = call(graph, clone, (out,), node, memory_format=torch.contiguous_format)
         result.meta["fgattn_site"] = index
         node.replace_all_uses_with(out)
         graph.erase_node(node)
         self.touched.add(graph)
         return min_seq, details
+
+    def _undo(self, node: Node, last: Node) -> None:
+        """Take out the nodes that were added between ``last`` and ``node``."""
+        added = set()
+        while node.prev is not last:
+            added.add(node.prev)
+            node.graph.erase_node(node.prev)
+        self.orders = {key: order for key, order in self.orders.items() if order not in added}
 
     def _segments(self, q: Node, k: Node, kind: str) -> tuple[segments.Segments, segments.Segments]:
         """The segments of the queries and of the keys; those of one hold for both where they are the same tokens."""
@@ -127,7 +138,7 @@ class _Rewriter:
         at = segments.video_index(of_queries)
         tokens = of_queries[at].size
         if settings.token_grid == "auto":
-            grid = self.grids.find(tokens)
+            grid = self.grids.find(tokens, node)
         else:
             grid = tuple(Extent(size) for size in settings.token_grid)
             if not same(product(settings.token_grid), tokens):
@@ -149,6 +160,15 @@ class _Rewriter:
             args = (*sizes, settings.m, value(q).device)
             self.orders[key] = call(graph, torch.ops.fgattn.query_order.default, args, node)
         return self.orders[key]
+
+
+def _is_contiguous(x: Tensor) -> bool:
+    return all(same(x.stride(dim), product(x.shape[dim + 1 :])) for dim in range(x.dim()))
+
+
+def _is_viewed(node: Node) -> bool:
+    """Whether a view is taken that depends on the strides of a site's result, which the rewrite may change."""
+    return any(name(user) == "view" or (name(user) in CASTS and _is_viewed(user)) for user in node.users)
 
 
 def _describe(node: Node, index: int) -> dict:

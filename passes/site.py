@@ -4,8 +4,6 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
-KINDS = ("self", "joint", "mixed", "cross", "unknown")
-
 
 @dataclass(frozen=True)
 class Site:

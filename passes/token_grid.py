@@ -6,6 +6,7 @@ patches, the reshape that undoes them, position embeddings. Graphs of single blo
 
 import torch
 from torch import Tensor
+from torch.fx import Node
 
 from fg_inductor.passes.graph import Extent, name, names, product, same, value
 from fg_inductor.passes.program import Program
@@ -17,17 +18,20 @@ class TokenGrid:
     """The shapes of one program that may show a token grid; ``find`` picks the one that fits."""
 
     def __init__(self, program: Program):
+        self._places = {node: place for place, node in enumerate(program.nodes)}
         tensors = [n for n in program.nodes if isinstance(value(n), Tensor) and value(n).dim() >= 4]
         self._patches = [n for n in tensors if name(n) == "conv3d"]
         shapes = (tuple(value(n).shape) for n in tensors if name(n) in SHAPED)
         self._shapes = {shape for shape in shapes if all(isinstance(size, int) for size in shape)}
 
-    def find(self, tokens: int | torch.SymInt) -> tuple[Extent, Extent, Extent] | None:
+    def find(self, tokens: int | torch.SymInt, site: Node) -> tuple[Extent, Extent, Extent] | None:
         """The grid of that many video tokens; None where the graph shows none, or more than one.
 
-        Patches decide; where there are none, the other shapes must agree. A symbolic number needs patches.
+        Patches decide; where there are none, the other shapes must agree. A symbolic number needs patches made before
+        the site, where their sizes can be read.
         """
-        patches = [[Extent(value(n).shape[dim], n, dim) for dim in (-3, -2, -1)] for n in self._patches]
+        usable = [n for n in self._patches if isinstance(tokens, int) or self._places[n] < self._places[site]]
+        patches = [[Extent(value(n).shape[dim], n, dim) for dim in (-3, -2, -1)] for n in usable]
         patches = [grid for grid in patches if same(product(x.size for x in grid), tokens)]
         if patches:
             agree = all(same(a.size, b.size) for grid in patches for a, b in zip(grid, patches[0], strict=True))

@@ -142,6 +142,10 @@ class Doubling(torch.autograd.Function):
         return grad, grad, grad
 
 
+def mapped(q, k, v):
+    return torch.vmap(lambda q, k, v: SDPA(q[None], k[None], v[None])[0])(q, k, v)
+
+
 # id: attention, further inputs, settings, reason, whether it counts as a video site
 REFUSALS = {
     "mask setting": (Attention(), {}, {"mask": "dense"}, "fgattn.mask is 'dense'", False),
@@ -155,6 +159,7 @@ REFUSALS = {
     "head dim": (Attention(dim=257), {}, {}, "head dim without a kernel", True),
     "head dim of v": (Attention(short_values), {}, {}, "head dims of q and v differ", True),
     "broadcast heads": (Attention(one_key_head), {}, {}, "q, k and v broadcast", True),
+    "vmap": (Attention(mapped), {}, {}, "inside a torch.func transform", True),
     "autograd.Function": (Attention(lambda *qkv: Doubling.apply(*qkv)), {}, {}, "inside an autograd.Function", True),
 }  # fmt: skip
 
@@ -335,6 +340,46 @@ def test_checkpointed_regions():
     assert done.counts() == (0, 3, 3, 0)
     expected = torch.autograd.grad(model(x).sum(), (x, *model.parameters()))
     torch.testing.assert_close(torch.autograd.grad(done.result.sum(), (x, *model.parameters())), expected)
+
+
+@torch.compiler.nested_compile_region
+def region(q, k, v):
+    return SDPA(q, k, v) * 2
+
+
+def branches(q, k, v):
+    return torch.cond(q.sum() > 0, SDPA, lambda q, k, v: q * 2, (q, k, v))
+
+
+@pytest.mark.parametrize("call", [lambda q, k, v: region(region(q, k, v), k, v), branches], ids=["region", "branches"])
+def test_child_graphs(call):
+    """One body is one site, however often it is called."""
+    model, x = Attention(call), tokens()
+    with torch.no_grad():
+        done = run_pass(model, (x,), density=1.0)
+        torch.testing.assert_close(done.result, model(x))
+    assert [(site.index, site.decision) for site in done.sites] == [(0, "rewritten")]
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        lambda out: out.view(4, 40, 32).view(2, 2, 40, 32),
+        lambda out: out.to(torch.float64).view(2, -1).view(2, 2, 40, 32),
+        lambda out: out.transpose(1, 2).flatten(2).view(2, 40, 2, 32).transpose(1, 2),
+    ],
+    ids=["view", "cast and view", "transpose and view"],
+)
+def test_views_of_the_result(after):
+    """Dense attention may return other strides than the operator: code that takes a view of them still can."""
+
+    def call(q, k, v):
+        return after(SDPA(q.contiguous(), k.contiguous(), v.contiguous())).to(q.dtype)
+
+    model, x = Attention(call), tokens()
+    done = run_pass(model, (x,), density=1.0)
+    assert done.sites[0].rewritten
+    torch.testing.assert_close(done.result, model(x))
 
 
 def test_graph_breaks_leave_projections_out_of_the_graph():

@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from fg_inductor.kernels import ops
+from fg_inductor.passes import sdpa
 from fg_inductor.testing_passes import run_pass
 
 HEADS, WIDTH, TEXT = 2, 64, 5
@@ -183,6 +184,40 @@ def test_symbolic_grid(text):
     ((*sizes, before, after, _),), sites = orders(done)
     assert all(isinstance(size, torch.fx.Node) for size in sizes) and sites == 2
     assert (before, after) == (TEXT if text == "first" else 0, TEXT if text == "last" else 0)
+
+
+def test_an_error_takes_its_order_along(monkeypatch):
+    """The first site made the order and failed: the second makes its own."""
+    call, first = sdpa.call, []
+
+    def fail(graph, target, args, origin, *rest, **kwargs):
+        first.append(origin)
+        if target is ops.attention and origin is first[0]:
+            raise KeyError("a defect")
+        return call(graph, target, args, origin, *rest, **kwargs)
+
+    monkeypatch.setattr(sdpa, "call", fail)
+    model, (x, text) = Model(), inputs()
+    done = run_pass(model, (x, text), density=1.0)
+    assert [site.reason for site in done.sites] == ["error in the pass", ""]
+    torch.testing.assert_close(done.result, model(x, text))
+
+
+def test_symbolic_grid_of_a_later_convolution():
+    """Its sizes cannot be read before it runs."""
+    conv = nn.Conv3d(4, 32, (1, 2, 2), (1, 2, 2))
+    t, h, w = GRID
+    for later in (True, False):
+        video = mark(torch.randn(1, 4, t, 2 * h, 2 * w), 2, 3, 4)
+
+        def model(video, later=later):
+            tokens = F.avg_pool3d(video, (1, 2, 2)).flatten(2).transpose(1, 2)[:, None].repeat(1, 2, 1, 8)
+            y = 0 if later else conv(video).sum()
+            x = F.scaled_dot_product_attention(tokens, tokens, tokens)
+            return x + y + (conv(video).sum() if later else 0)
+
+        done = run_pass(model, (video,))
+        assert done.sites[0].rewritten and len(orders(done)[0]) == (not later)
 
 
 def test_symbolic_grid_out_of_reach():
