@@ -2,7 +2,7 @@
 
 import matplotlib
 import torch
-from matplotlib.colors import ListedColormap
+from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from torch import Tensor
@@ -12,6 +12,7 @@ from fg_inductor.settings import Settings
 
 INK, KEPT, DROPPED, QUERY = "#22262b", "#1f5fa8", "#eef1f4", "#ff8c1a"
 AMPLIFY = 8  # of the difference between dense and sparse
+PIXELS = 1300  # about the width of the block mask
 
 
 def draw(
@@ -60,13 +61,15 @@ def _draw_frames(figure, clip, noisy, dense, sparse, title):
 
 def _draw_mask(figure, keep, grid, settings, head):
     axis = figure.subplots()
-    colours = ListedColormap([DROPPED, KEPT])
-    axis.imshow(keep.numpy(), aspect="auto", interpolation="nearest", cmap=colours, vmin=0, vmax=1)
+    colours = LinearSegmentedColormap.from_list("kept", [DROPPED, KEPT])
+    smooth = "nearest" if keep.shape[1] < PIXELS else "antialiased"
+    axis.imshow(keep.float().numpy(), aspect="auto", interpolation=smooth, cmap=colours, vmin=0, vmax=1)
     per_frame = grid[1] * grid[2] / settings.n
     axis.set_title(f"block mask of {head}: blue is computed, {keep.float().mean():.0%} of all", loc="left")
-    axis.set_xticks([per_frame * (frame + 0.5) for frame in range(grid[0])], [str(frame) for frame in range(grid[0])])
+    named = range(0, grid[0], (grid[0] + 15) // 16)
+    axis.set_xticks([per_frame * (frame + 0.5) for frame in named], map(str, named))
     axis.tick_params(length=0)
-    for frame in range(1, grid[0]):
+    for frame in named[1:]:
         axis.axvline(per_frame * frame - 0.5, color="#c2c9d1", linewidth=0.8)
     axis.set_xlabel(f"key groups of {settings.n}, by frame")
     axis.set_ylabel(f"query slices of {settings.m}")

@@ -137,7 +137,7 @@ def parse_args() -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--frames", type=int, help="default: 10 on CPU, 16 on CUDA")
+    parser.add_argument("--frames", type=int, help="default: 10 on CPU, 64 on CUDA")
     parser.add_argument("--side", type=int, help="pixels, a multiple of 8; default: 192 on CPU, 256 on CUDA")
     parser.add_argument("--steps", type=int, help="denoising steps, 3 or more; default: 6 on CPU, 20 on CUDA")
     parser.add_argument("--options", type=json.loads, default={}, help="JSON, such as '{\"fgattn.density\": 0.2}'")
@@ -147,7 +147,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--json", help="also write the measurements here")
     args = parser.parse_args()
     on_gpu = args.device.startswith("cuda")
-    for name, cpu, gpu in (("frames", 10, 16), ("side", 192, 256), ("steps", 6, 20)):
+    for name, cpu, gpu in (("frames", 10, 64), ("side", 192, 256), ("steps", 6, 20)):
         if getattr(args, name) is None:
             setattr(args, name, gpu if on_gpu else cpu)
     if args.side % tiny_dit.PATCH:
