@@ -163,10 +163,10 @@ def rewrite(gm: GraphModule, settings: Settings, graph_id: str) -> list[Row]:
 
 
 def _kernels(gm: GraphModule, sites: list[Site]) -> list[str | None]:
-    """The kernel that runs each site."""
+    """The kernel that runs each site. Nodes that are no site are the user's own calls."""
     graphs = [m.graph for m in gm.modules() if isinstance(m, GraphModule)]
     nodes = [node for graph in graphs for node in graph.find_nodes(op="call_function", target=ops.attention)]
-    devices = {node.meta["fgattn_site"]: value(node)[0].device.type for node in nodes}
+    devices = {node.meta.get("fgattn_site"): value(node)[0].device.type for node in nodes}
     return [{"cuda": "portable", "cpu": "reference"}.get(devices.get(site.index)) for site in sites]
 
 

@@ -17,6 +17,8 @@ def add_outputs(gm: GraphModule) -> list[int]:
     output = next(node for node in reversed(graph.nodes) if node.op == "output")
     sites, densities = [], []
     for node in graph.find_nodes(op="call_function", target=ops.attention):
+        if "fgattn_site" not in node.meta:
+            continue  # the user's own call
         q, k, _, mask, key_bias, _, _, m, n, *_ = node.args
         with graph.inserting_before(output):
             lengths = [_length(graph, x) for x in (q, k)]
