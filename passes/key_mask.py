@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from fg_inductor.passes.graph import argument, call, known, name, names, same, shape_text, size_of, value
+from fg_inductor.passes.graph import call, known, name, names, same, shape_text, size_of, value
 from fg_inductor.passes.program import Program
 
 CASTS = names("to type type_as float half bfloat16 bool contiguous clone detach")
@@ -65,7 +65,7 @@ def _is_uniform(program: Program, node: Node, dim: int) -> bool:
 
 def _splits_repeat(repeated: Node, x: Tensor) -> bool:
     """[B, ...] -> repeat_interleave(H, dim=0) -> view [B, H, ...]: how diffusers gives each head its mask."""
-    if name(repeated) != "repeat_interleave" or argument(repeated, 2, "dim") != 0:
+    if name(repeated) != "repeat_interleave":
         return False
-    batch = value(repeated.args[0]).shape[0]
+    batch = value(repeated.all_input_nodes[0]).shape[0]
     return same(x.shape[0], batch) and same(value(repeated).shape[0], batch * x.shape[1])

@@ -53,7 +53,7 @@ class Layout:
             return False
         if same(x[0], y[0]):
             return source in self._folded
-        if name(node) not in RESHAPES or len(y) < 3 or _adds_dimension(source):
+        if name(node) not in RESHAPES or _adds_dimension(source):
             return False
         # A reshape keeps the order of elements: a multiple of the batch counts something that came after it.
         return not same(x[0], 0) and same(y[0] % x[0], 0)

@@ -71,7 +71,7 @@ class _Rewriter:
             refused = refusal(attention, row["kind"], self.program, self.layout, self.settings)
             if refused:
                 return Site(**row, decision="dense", reason=refused.reason, detail=refused.detail, video=refused.video)
-            min_seq, details = self._replace(attention, row["kind"], index)
+            min_seq, details = self._replace(attention, index)
         except Exception as error:
             self._undo(node, last)
             if self.settings.strict:
@@ -83,12 +83,12 @@ class _Rewriter:
         reason = f"dense below {min_seq} tokens" if min_seq else ""
         return Site(**row, decision="rewritten", reason=reason, video=True, details=details)
 
-    def _replace(self, attention: Call, kind: str, index: int) -> tuple[int, dict]:
+    def _replace(self, attention: Call, index: int) -> tuple[int, dict]:
         node, graph, settings = attention.node, attention.node.graph, self.settings
         q, k, v = attention.query, attention.key, attention.value
         lengths = [value(x).shape[2] for x in (q, k)]
         min_seq = 0 if all(known(x >= settings.min_seq) for x in lengths) else settings.min_seq
-        of_queries, of_keys = self._segments(q, k, kind)
+        of_queries, of_keys = self._segments(q, k)
         details = {"text": text} if (text := segments.ranges_text(of_keys)) else {}
         with graph.inserting_before(node):
             bias = None
@@ -122,10 +122,10 @@ class _Rewriter:
             node.graph.erase_node(node.prev)
         self.orders = {key: order for key, order in self.orders.items() if order not in added}
 
-    def _segments(self, q: Node, k: Node, kind: str) -> tuple[segments.Segments, segments.Segments]:
-        """The segments of the queries and of the keys; those of one hold for both where they are the same tokens."""
+    def _segments(self, q: Node, k: Node) -> tuple[segments.Segments, segments.Segments]:
+        """The segments of the queries and of the keys; those of one hold for both where they are as many."""
         of_queries, of_keys = (segments.without_empty(self.layout.segments(x, 2)) for x in (q, k))
-        if kind != "mixed" and same(value(q).shape[2], value(k).shape[2]):
+        if same(value(q).shape[2], value(k).shape[2]):
             return of_queries or of_keys, of_keys or of_queries
         return of_queries, of_keys
 

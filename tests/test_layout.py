@@ -75,7 +75,8 @@ def one_stream_two_layers(blocks, x, text):
 def one_stream_in_checkpointed_layers(blocks, x, text):
     x = torch.cat([text, x], 1)
     for block in blocks:
-        x = checkpoint(block, x, use_reentrant=False)
+        # The input of the region is named after this call, and calls nothing.
+        x = checkpoint(block, x.permute(0, 1, 2), use_reentrant=False)
     return x
 
 
@@ -99,6 +100,12 @@ def through_reshapes(blocks, x, text):
     y = y.transpose(0, 1).reshape(y.shape[1], -1).view(y.shape[1], -1, WIDTH).permute(1, 0, 2)
     q, k, v = torch.stack([b.q(y), b.k(y), b.v(y)], 0).unflatten(-1, (HEADS, -1)).permute(0, 1, 3, 2, 4).unbind(0)
     return tokens(SDPA(q[None].squeeze(0), k[..., :], v))
+
+
+def unbound_behind_the_tokens(blocks, x, text):
+    b, y = blocks[0], torch.cat([text, x], 1)
+    q, k, v = torch.stack([f(y).unflatten(-1, (HEADS, -1)) for f in (b.q, b.k, b.v)], dim=2).unbind(2)
+    return tokens(SDPA(*(z.transpose(1, 2) for z in (q, k, v))))
 
 
 def three_segments(blocks, x, text):
@@ -145,6 +152,7 @@ SEGMENTS = {
     split_and_joined_again: ([VIDEO, VIDEO + TEXT],) * 2,
     written_in_place: ([0, TEXT],) * 2,
     through_reshapes: ([0, TEXT],) * 2,
+    unbound_behind_the_tokens: ([0, TEXT],) * 2,
     three_segments: ([0, 10, 58, 60],) * 2,
     text_of_no_tokens: ([],) * 2,
     reference_video: ([0, TEXT],) * 2,

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from fg_inductor.testing_passes import run_pass
 
@@ -113,7 +114,7 @@ def rotation_written_through_views(m, x, text, freqs):
         out = x.new_empty(x.shape)
         out[..., 0::2].copy_(x[..., 0::2] * freqs.cos())
         out.unflatten(-1, (-1, 2))[..., 1].copy_(x[..., 1::2] * freqs.sin())
-        return out
+        return out.contiguous() + 0
 
     return SDPA(rotate(heads(m.q(x))), rotate(heads(m.k(x))), heads(m.v(x)))
 
@@ -189,6 +190,14 @@ def two_streams(m, x, text, freqs):
     return attend(m, q, k, v)
 
 
+@case("joint")
+def text_written_into_the_sequence(m, x, text, freqs):
+    q, k = heads(m.q(x)) + 0, heads(m.k(x)) + 0
+    q[:, :, :8] = heads(m.text_q(text))
+    k[:, :, :8] = heads(m.text_k(text))
+    return SDPA(q, k, heads(m.v(x)))
+
+
 @case("self")
 def one_stream(m, x, text, freqs):
     x = torch.cat([text, x], 1)
@@ -241,6 +250,13 @@ def one_rotation_for_both(m, x, text, freqs):
     return SDPA(q * freqs, k * freqs, k)
 
 
+@case("cross")
+def projections_in_a_checkpointed_region(m, x, text, freqs):
+    """One region returns q and k: each has its own way through it."""
+    q, k = checkpoint(lambda x, text: (m.q(x), m.k(text)), x, text, use_reentrant=False)
+    return attend(m, q, k, m.v(text))
+
+
 @case("unknown")
 def inputs_of_the_graph(m, x, text, freqs):
     return attend(m, x, x * 2, x)
@@ -276,8 +292,8 @@ def test_projections_outside_a_checkpointed_region():
 
     def body(m, x, text, freqs):
         q, k, text_k = heads(m.q(x)), heads(m.k(x)), heads(m.text_k(F.pad(text, (0, 0, 0, 12))))
-        x = torch.utils.checkpoint.checkpoint(SDPA, q, k, k, use_reentrant=False)
-        return x + torch.utils.checkpoint.checkpoint(SDPA, q, text_k, text_k, use_reentrant=False)
+        x = checkpoint(SDPA, q, k, k, use_reentrant=False)
+        return x + checkpoint(SDPA, q, text_k, text_k, use_reentrant=False)
 
     done = run_pass(Toy(body), (torch.randn(2, 20, WIDTH), torch.randn(2, 8, WIDTH), torch.rand(1)))
     assert [site.kind for site in done.sites] == ["self", "cross"]

@@ -13,10 +13,11 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils.checkpoint import checkpoint
 
 from fg_inductor.kernels import ops
-from fg_inductor.passes import key_mask, sdpa
+from fg_inductor.passes import sdpa
 from fg_inductor.passes.graph import value
 from fg_inductor.passes.printer import graph_text
 from fg_inductor.settings import Settings
+from fg_inductor.testing import assert_as_accurate
 from fg_inductor.testing_passes import SMALL, PassBackend, run_pass
 
 SDPA = F.scaled_dot_product_attention
@@ -159,6 +160,7 @@ REFUSALS = {
     "head dim": (Attention(dim=257), {}, {}, "head dim without a kernel", True),
     "head dim of v": (Attention(short_values), {}, {}, "head dims of q and v differ", True),
     "broadcast heads": (Attention(one_key_head), {}, {}, "q, k and v broadcast", True),
+    "one head, as in VAEs": (Attention(masked, heads=1), {}, {}, "mask is not a key mask", False),
     "vmap": (Attention(mapped), {}, {}, "inside a torch.func transform", True),
     "autograd.Function": (Attention(lambda *qkv: Doubling.apply(*qkv)), {}, {}, "inside an autograd.Function", True),
 }  # fmt: skip
@@ -294,7 +296,7 @@ def test_length_that_only_run_time_knows():
 def test_autocast_outside_and_inside():
     def inside(q, k, v):
         with torch.autocast("cpu", dtype=torch.float16):
-            return SDPA(q, k, v).float()
+            return SDPA(q, k.half(), v).float()
 
     with torch.autocast("cpu", dtype=torch.bfloat16):
         done = run_pass(Attention(), (tokens(),))
@@ -302,6 +304,17 @@ def test_autocast_outside_and_inside():
     done = run_pass(Attention(inside), (tokens(),), density=1.0)
     assert done.sites[0].rewritten and done.sites[0].dtype == "float16"
     assert value(done.calls(ops.attention)[0])[0].dtype == torch.float16
+
+
+def test_autocast_of_mixed_dtypes():
+    """Norms of q may leave it in float32; attention casts it as SDPA would."""
+    model, x = Attention(lambda q, k, v: SDPA(q.float(), k, v)), tokens()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        done, plain = run_pass(model, (x,), density=1.0), model(x)
+    assert done.sites[0].rewritten and done.sites[0].dtype == "bfloat16"
+    exact = copy.deepcopy(model).double()
+    exact.call = SDPA
+    assert_as_accurate(done.result, plain, exact(x.double()))
 
 
 def test_training():
@@ -433,16 +446,20 @@ def test_indices_count_sites_of_an_earlier_run():
 
 
 def test_an_error_leaves_its_site_as_it_was(monkeypatch, caplog):
-    def fail(*args):
-        raise KeyError("a defect")
+    call = sdpa.call
 
-    monkeypatch.setattr(key_mask, "key_bias", fail)
+    def fail(graph, target, args, *rest, **kwargs):
+        if target is ops.attention and args[4] is not None:
+            raise KeyError("a defect")
+        return call(graph, target, args, *rest, **kwargs)
+
+    monkeypatch.setattr(sdpa, "call", fail)
     masked_site = Attention(lambda q, k, v: SDPA(q, k, v, attn_mask=q.new_ones(1, 1, 1, q.shape[2])))
     model, x = nn.Sequential(Attention(), masked_site), tokens()
     done = run_pass(model, (x,), density=1.0)
     assert [(site.decision, site.reason) for site in done.sites] == [("rewritten", ""), ("dense", "error in the pass")]
     assert done.sites[1].detail == "KeyError: 'a defect'"
-    assert done.counts() == (1, 1, 1, 0)
+    assert done.counts() == (1, 1, 1, 0) and "aten.select" not in done.after[0]
     assert "the pass failed on" in caplog.text
     torch.testing.assert_close(done.result, model(x))
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="a defect"):
