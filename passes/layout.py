@@ -114,9 +114,9 @@ def _moved(source: Node, dim: int, node: Node, x, y) -> int | None:
 
 
 def _indexed(index, dim: int, rank: int) -> int | None:
-    index = list(index) if isinstance(index, (tuple, list)) else [index]
-    if any(isinstance(i, Node) and _tensor(i) is not None for i in index):
-        return None
+    index = list(index) if isinstance(index, tuple) else [index]
+    if any(isinstance(i, list) or (isinstance(i, Node) and _tensor(i) is not None) for i in index):
+        return None  # tokens are picked one by one
     if Ellipsis in index:
         at = index.index(Ellipsis)
         index[at : at + 1] = [slice(None)] * (rank - sum(i is not None for i in index) + 1)

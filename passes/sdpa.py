@@ -1,7 +1,7 @@
 """Find scaled-dot-product attention, decide, and rewrite it to ``fgattn::select_pooled`` and ``fgattn::attention``.
 
 It works on Dynamo's graph (and export's), where a site is one call as the user wrote it; after AOTAutograd it is a
-device kernel with its backward. ``sdpa_kernel(...)`` chooses among dense kernels and does not keep a site from it.
+device kernel with its backward. ``sdpa_kernel(...)`` chooses among dense kernels: a site inside it is rewritten.
 """
 
 import logging

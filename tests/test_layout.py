@@ -136,6 +136,11 @@ def reordered(blocks, x, text):
     return blocks[0](y.index_select(1, torch.randperm(y.shape[1])))
 
 
+def picked_by_a_list(blocks, x, text):
+    y = torch.cat([text, x], 1)
+    return blocks[0](y[:, list(reversed(range(y.shape[1])))])
+
+
 def text_among_keys(blocks, x, text):
     b = blocks[0]
     k, v = (torch.cat([b.text(text), f(x)], 1) for f in (b.k, b.v))
@@ -158,6 +163,7 @@ SEGMENTS = {
     reference_video: ([0, TEXT],) * 2,
     rotation_alone: ([],) * 2,
     reordered: ([],) * 2,
+    picked_by_a_list: ([],) * 2,
     text_among_keys: ([0, TEXT], []),
 }
 
