@@ -3,6 +3,7 @@
 import importlib.util
 import os
 import sys
+from importlib import metadata
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,9 @@ if not torch.cuda.is_available():
 from fg_inductor import testing
 
 ROOT = Path(__file__).resolve().parent.parent
+TRITON = importlib.util.find_spec("triton") is not None
+KERNEL_TESTS = ["test_attention_forward.py", "test_kept_density.py", "test_resources.py", "test_select_pooled.py"]
+collect_ignore = [] if TRITON else KERNEL_TESTS
 
 
 def pytest_sessionstart(session):
@@ -25,6 +29,25 @@ def pytest_sessionstart(session):
                 f"`import {name}` finds {ROOT / name}: the repository root is on sys.path, where it hides packages of "
                 "that name. Run plain `pytest` or `python -P -m pytest`; unset PYTHONPATH if it names the root."
             )
+    if TRITON and not torch.cuda.is_available():
+        _check_interpreter(metadata.version("triton"), metadata.version("numpy"))
+
+
+def pytest_report_header(config):
+    return [] if TRITON else f"no Triton on this platform, so these are not run: {', '.join(collect_ignore)}"
+
+
+def _check_interpreter(triton: str, numpy: str) -> None:
+    if _minor(triton) <= (3, 6) and _minor(numpy) >= (2, 4):
+        raise pytest.UsageError(
+            f"Triton {triton} interprets kernels with NumPy below 2.4 only, and NumPy is {numpy}. "
+            'Run: pip install "numpy<2.4"'
+        )
+
+
+def _minor(version: str) -> tuple[int, int]:
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
 
 
 def pytest_runtest_setup(item):
