@@ -13,9 +13,10 @@ It uses a GPU where there is one. On two CPU cores it takes one to two minutes, 
 import os
 import sys
 
-# Before torch is imported: its CPU threads then sleep where they wait for each other. On a machine that does other work
-# too, threads that spin while they wait made a sparse step ten times slower.
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Before torch is imported: its CPU threads (libgomp's, on Linux) then spin for microseconds where they wait for each
+# other, and sleep after that. By default they spin for milliseconds: where other work shares the cores, they take them
+# from the thread that they wait for, and a sparse step took ten times as long.
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 # The modules beside this file are found under `python -P` too.
 sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 
