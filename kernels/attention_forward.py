@@ -61,6 +61,13 @@ def _load_tile(k_ptr, v_ptr, key, stride_ks, stride_vs, D: tl.constexpr, BLOCK_D
 
 
 @triton.jit
+def _without_masked(v, bias, used):
+    """v, bias in base 2 and ``used`` without the keys that the bias masks: a weight of 0 would not keep NaN out."""
+    visible = bias > float("-inf")
+    return tl.where(visible[:, None], v, 0.0), tl.where(visible, bias, 0.0) * 1.4426950408889634, used & visible
+
+
+@triton.jit
 def _tokens(order_ptr, first, Sq, M: tl.constexpr, HAS_ORDER: tl.constexpr):
     """The M tokens of a slice (int64) and which of them exist."""
     row = first + tl.arange(0, M)
@@ -120,9 +127,10 @@ def _attention_fwd(
         place = start + offs_n
         key = tl.load(list_ptr + place // N) * N + place % N  # [BLOCK_N]
         kt, v = _load_tile(k_ptr, v_ptr, key, stride_ks, stride_vs, D, BLOCK_D, WIDE)
+        used = everything
         if HAS_BIAS:
-            shift = tl.load(bias_ptr + key) * LOG2_E
-        m_i, l_i, acc = _update(q, kt, v, shift, everything, m_i, l_i, acc, qk_scale, PRECISION, False)
+            v, shift, used = _without_masked(v, tl.load(bias_ptr + key), used)
+        m_i, l_i, acc = _update(q, kt, v, shift, used, m_i, l_i, acc, qk_scale, PRECISION, HAS_BIAS)
 
     if full < keys:
         # Places past the end read the last kept key and take no part: 0 * v would be NaN where v is not finite.
@@ -132,7 +140,7 @@ def _attention_fwd(
         kt, v = _load_tile(k_ptr, v_ptr, key, stride_ks, stride_vs, D, BLOCK_D, WIDE)
         v = tl.where(used[:, None], v, 0.0)
         if HAS_BIAS:
-            shift = tl.load(bias_ptr + key) * LOG2_E
+            v, shift, used = _without_masked(v, tl.load(bias_ptr + key), used)
         m_i, l_i, acc = _update(q, kt, v, shift, used, m_i, l_i, acc, qk_scale, PRECISION, True)
 
     if TAIL:

@@ -56,18 +56,33 @@ def test_offsets_beyond_32_bits(device, monkeypatch):
     assert torch.equal(plain, wide)
 
 
+@pytest.mark.parametrize("token", [67, 69])  # 69: the key that lanes past the end of the list read again
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
-def test_not_finite(where, value, device, poison):
+def test_not_finite(where, value, token, device, poison):
     """At density 1.0 NaN and Inf come out where dense attention has them, and nowhere hang or fault."""
     case = Case("full", m=32, n=8, keep="full", queries=70, keys=70, layout="contiguous")
     expected = reference_result(case, torch.float32, device)
     q, k, v, *rest = expected.arguments
-    {"q": q, "k": k, "v": v}[where][0, 1, 67, 3] = value
+    {"q": q, "k": k, "v": v}[where][0, 1, token, 3] = value
     out, _ = attention_forward.launch(q, k, v, *rest)
     dense = torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=expected.scale)
     exact = torch.nn.functional.scaled_dot_product_attention(q.double(), k.double(), v.double(), scale=expected.scale)
     assert_as_accurate(out, dense, exact)
+
+
+@pytest.mark.parametrize("where", ["k", "v"])
+@pytest.mark.parametrize("case", [c for c in CASES if c.id in ("bias-padding", "bias-float", "tail-padding")], ids=str)
+def test_masked_keys_have_no_say(case, where, device, poison):
+    """Padding may hold anything, NaN too, also where it shares a kept group with keys that are visible."""
+    expected = reference_result(case, torch.float32, device)
+    q, k, v, mask, key_bias, *rest = expected.arguments
+    k, v = k.clone(), v.clone()
+    masked = ~key_bias if key_bias.dtype == torch.bool else key_bias == -torch.inf
+    {"k": k, "v": v}[where].transpose(1, 2)[masked] = torch.nan
+    out, lse = attention_forward.launch(q, k, v, mask, key_bias, *rest)
+    assert_as_accurate(out, expected.plain_out, expected.exact_out, "out")
+    assert_as_accurate(lse, expected.plain_lse, expected.exact_lse, "lse")
 
 
 @pytest.mark.parametrize("tail", ["none", "pooled"])
