@@ -103,12 +103,14 @@ def test_gradients_at_density_one_are_dense(tiny_dit, inputs, device):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune-no-cudagraphs"])
-def test_modes(model, inputs, mode, device):
+def test_cuda_graphs(model, inputs, device):
     plain = predict(compiled(model, density=0.3), inputs)
     torch._dynamo.reset()
     run = torch.compile(
-        model, backend="fgattn", fullgraph=True, options={"mode": mode, "fgattn.density": 0.3, "fgattn.quiet": True}
+        model,
+        backend="fgattn",
+        fullgraph=True,
+        options={"mode": "reduce-overhead", "fgattn.density": 0.3, "fgattn.quiet": True},
     )
     for _ in range(4):
         torch.compiler.cudagraph_mark_step_begin()
