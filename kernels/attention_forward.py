@@ -3,7 +3,7 @@
     out[i] = softmax over kept keys j of (scale * q[i] . k[j] + bias[j]) @ v        for every query i of a slice
 
 q, out     [B, Hq, Sq, D]    k, v [B, Hkv, Sk, D]    any strides, contiguous last dimension; out has BSHD storage
-lists      [B, H, T, G]      int32, ascending ids of the kept groups (``column_lists``), counts [B, H, T]
+lists      [B, H, T, G]      int32, ascending ids of the kept groups (``column_lists``), and the kept keys [B, H, T]
 bias       [B, Sk]           float32, -inf where a key is masked, or None
 order      [Sq]              int32: row i of query order is token order[i]; out and lse are in token order; or None
 tail_k, v  [B, Hkv, J, D]    summaries of the 128-key blocks, tail_bias [B, H, T, J] (base 2; -inf: none dropped)
@@ -80,13 +80,13 @@ def _tokens(order_ptr, first, Sq, M: tl.constexpr, HAS_ORDER: tl.constexpr):
 @triton.jit
 def _attention_fwd(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
-    lists_ptr, counts_ptr, bias_ptr, order_ptr, tail_k_ptr, tail_v_ptr, tail_bias_ptr,
+    lists_ptr, keys_ptr, bias_ptr, order_ptr, tail_k_ptr, tail_v_ptr, tail_bias_ptr,
     stride_qb, stride_qh, stride_qs,
     stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs,
     stride_ob, stride_oh, stride_os,
     stride_bb,
-    first_head, Hq, SHARE, Sq, Sk, T, G, J, qk_scale,
+    first_head, Hq, SHARE, Sq, T, G, J, qk_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ORDER: tl.constexpr, TAIL: tl.constexpr, WIDE: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr,
@@ -109,11 +109,7 @@ def _attention_fwd(
     if HAS_BIAS:
         bias_ptr += b * stride_bb
 
-    count = tl.load(counts_ptr + slice_index)
-    last = tl.load(list_ptr + count - 1, mask=count > 0, other=0)
-    keys = count * N
-    if last == G - 1:
-        keys -= tl.where(count > 0, G * N - Sk, 0)  # the last group may be ragged
+    keys = tl.load(keys_ptr + slice_index)
     full = keys // BLOCK_N * BLOCK_N
 
     m_i = tl.full([M], float("-inf"), tl.float32)
@@ -162,7 +158,7 @@ def _attention_fwd(
     lse = tl.where(l_i == 0.0, float("-inf"), lse)
     # The tokens are looked up again, from a number that the compiler can't know to be 0: as the same values they would
     # be kept alive and cost the loop registers that it does not have.
-    zero = tl.load(counts_ptr + slice_index, volatile=True) - count
+    zero = tl.load(keys_ptr + slice_index, volatile=True) - keys
     token, inside = _tokens(order_ptr, t * M + zero, Sq, M, HAS_ORDER)
     out_ptrs = out_ptr + b * stride_ob + h.to(tl.int64) * stride_oh + token[:, None] * stride_os + offs_d[None, :]
     tl.store(out_ptrs, acc.to(out_ptr.dtype.element_ty), mask=inside[:, None] & (offs_d < D)[None, :])
@@ -202,23 +198,22 @@ def launch(
     out = q.new_empty(B, Sq, Hq, D).transpose(1, 2)
     lse = q.new_empty(B, Hq, Sq, dtype=torch.float32)
     bias = normalise_key_bias(key_bias, torch.float32)
-    statistics = tail_k = tail_v = None
+    tail_k = tail_v = None
     blocks = 0
     if tail == "pooled":
         blocks = group_count(Sk, SUMMARY)
-        statistics = column_lists.tail_statistics(bias, Sk, n, lse[:, 0])
         tail_k, tail_v = (group_means.launch(x, SUMMARY, blocks, bias=bias) for x in (k, v))
     config = configuration(q.dtype, D, m) | {"WIDE": max(k.stride(2), v.stride(2)) * Sk >= 1 << 31} | override
     heads = max(1, min(Hq, LIST_BYTES // (4 * B * T * G)))
     for first in range(0, Hq, heads):
         part = mask[:, first : first + heads]
-        lists, counts, tail_bias = column_lists.launch(part, G, n, statistics)
+        lists, kept, tail_bias = column_lists.launch(part, Sk, n, 1, tail == "pooled", bias)
         _attention_fwd[(T, part.shape[1], B)](
             q, k, v, out, lse,
-            lists, counts, bias, order, tail_k, tail_v, tail_bias,
+            lists, kept, bias, order, tail_k, tail_v, tail_bias,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             0 if bias is None else bias.stride(0),
-            first, Hq, share, Sq, Sk, T, G, blocks, scale * LOG2_E,
+            first, Hq, share, Sq, T, G, blocks, scale * LOG2_E,
             D=D, BLOCK_D=triton.next_power_of_2(D), M=m, N=n,
             HAS_BIAS=bias is not None, HAS_ORDER=order is not None, TAIL=tail == "pooled",
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",

@@ -1,15 +1,18 @@
-"""Block mask -> column lists (portable Triton): the kept groups of each slice as ascending ids.
+"""Block mask -> column lists (portable Triton): the kept groups of each tile of queries as ascending ids.
 
-    lists[t, 0 .. counts[t]-1] = ids of the groups whose bit is set in mask[t]
+    lists[x, 0 ..] = ids of the groups that a slice of tile x keeps
 
 mask       [B, H, T, W]   int32
-lists      [B, H, T, G]   int32; entries beyond counts are never written
-counts     [B, H, T]      int32
+lists      [B, H, X, G]   int32; entries beyond the kept groups are never written. A tile is SUB consecutive slices,
+                          X = ceil(T / SUB); with SUB > 1 bit 24 + s of an entry says whether slice s keeps the group
+keys       [B, H, X]      int32, kept keys: those in the listed groups
 tail_bias  [B, H, T, J]   float32, for the pooled tail: log2(keys of the 128-key block j that t dropped) + bias[j],
                           -inf where none was
-Grid       (T, B * H)     one program expands one slice, BLOCK groups at a time
+Grid       (X, ceil(G / BLOCK), B * H)
 
-There is no capacity below G, so no mask is ever cut, and nothing depends on data but the values written.
+A program expands BLOCK groups of one tile. It finds its place in the list by counting the bits before them, so that no
+program waits for another. There is no capacity below G, so no mask is ever cut, and nothing depends on data but the
+values written.
 """
 
 import math
@@ -19,72 +22,121 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fg_inductor.kernels.mask import group_count
 from fg_inductor.kernels.reference import SUMMARY, group_statistics
 
-BLOCK = 1024
+BLOCK = 4096
+ID_BITS = tl.constexpr(24)
+
+
+@triton.jit
+def _popcount(x):
+    x = x.to(tl.uint32, bitcast=True)
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24).to(tl.int32)
+
+
+@triton.jit
+def _union(words_ptr, word, slices, stride_mt, W, SUB: tl.constexpr):
+    """The words of a tile: the bits that any of its slices sets."""
+    words = tl.load(words_ptr + word, mask=word < W, other=0)
+    for s in tl.static_range(1, SUB):
+        words |= tl.load(words_ptr + s * stride_mt + word, mask=word < tl.where(slices > s, W, 0), other=0)
+    return words
 
 
 @triton.jit
 def _column_lists(
-    mask_ptr, lists_ptr, counts_ptr, tail_bias_ptr, group_keys_ptr, block_keys_ptr, block_bias_ptr,
+    mask_ptr, lists_ptr, keys_ptr, tail_bias_ptr, group_keys_ptr, block_keys_ptr, block_bias_ptr,
     stride_mb, stride_mh, stride_mt,
-    H, T, W, G, J,
-    N: tl.constexpr, BLOCK: tl.constexpr, SUMMARY: tl.constexpr, TAIL: tl.constexpr,
+    H, T, X, W, G, J, Sk,
+    N: tl.constexpr, SUB: tl.constexpr, BLOCK: tl.constexpr, BLOCK_W: tl.constexpr, SUMMARY: tl.constexpr,
+    TAIL: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
     WORDS: tl.constexpr = BLOCK // 32
-    BLOCKS: tl.constexpr = BLOCK * N // SUMMARY  # summary blocks in BLOCK groups
-    t = tl.program_id(0)
-    bh = tl.program_id(1).to(tl.int64)
+    x = tl.program_id(0)
+    chunk = tl.program_id(1)
+    bh = tl.program_id(2).to(tl.int64)
     b, h = bh // H, bh % H
-    words_ptr = mask_ptr + b * stride_mb + h * stride_mh + t * stride_mt
-    slice_index = bh * T + t
-    list_ptr = lists_ptr + slice_index * G
+    slices = tl.minimum(T - x * SUB, SUB)
+    words_ptr = mask_ptr + b * stride_mb + h * stride_mh + x * SUB * stride_mt
+    tile = bh * X + x
+    list_ptr = lists_ptr + tile * G
+
     kept = 0
-    for first in range(0, G, BLOCK):
-        word = first // 32 + tl.arange(0, WORDS)
-        words = tl.load(words_ptr + word, mask=word < W, other=0)
-        bits = tl.reshape((words[:, None] >> tl.arange(0, 32)[None, :]) & 1, [BLOCK])
-        group = first + tl.arange(0, BLOCK)
-        bits = tl.where(group < G, bits, 0)
-        place = kept + tl.cumsum(bits, 0) - 1
-        tl.store(list_ptr + place, group, mask=bits == 1)
-        kept += tl.sum(bits)
-        if TAIL:
+    if chunk > 0:
+        word = tl.arange(0, BLOCK_W)
+        kept = tl.sum(_popcount(_union(words_ptr, word, slices, stride_mt, chunk * WORDS, SUB)))
+    word = chunk * WORDS + tl.arange(0, WORDS)
+    words = _union(words_ptr, word, slices, stride_mt, W, SUB)
+    counts = _popcount(words)
+    offset = kept + tl.cumsum(counts, 0) - counts
+    kept += tl.sum(counts)
+    # One lane a group: a warp writes the list entries of one word, which are neighbours.
+    group = chunk * BLOCK + tl.arange(0, BLOCK)
+    bit = group % 32
+    words = _union(words_ptr, group // 32, slices, stride_mt, W, SUB)
+    entry = group
+    if SUB > 1:
+        for s in tl.static_range(SUB):
+            inside = group // 32 < tl.where(slices > s, W, 0)
+            own = tl.load(words_ptr + s * stride_mt + group // 32, mask=inside, other=0)
+            entry |= ((own >> bit) & 1) << (ID_BITS + s)
+    place = tl.reshape(tl.broadcast_to(offset[:, None], [WORDS, 32]), [BLOCK]) + _popcount(words & ((1 << bit) - 1))
+    tl.store(list_ptr + place, entry, mask=(words & (1 << bit)) != 0)
+
+    if chunk == tl.num_programs(1) - 1:
+        last = (tl.load(words_ptr + (G - 1) // 32) >> ((G - 1) % 32)) & 1
+        for s in tl.static_range(1, SUB):
+            word = tl.load(words_ptr + s * stride_mt + (G - 1) // 32, mask=slices > s, other=0)
+            last |= (word >> ((G - 1) % 32)) & 1
+        tl.store(keys_ptr + tile, kept * N - last * (G * N - Sk))  # the last group may be ragged
+
+    if TAIL:
+        BLOCKS: tl.constexpr = BLOCK * N // SUMMARY  # summary blocks in BLOCK groups
+        block = chunk * BLOCKS + tl.arange(0, BLOCKS)
+        if HAS_BIAS:
+            held = tl.load(block_keys_ptr + b * J + block, mask=block < J, other=0.0)
+            shift = tl.load(block_bias_ptr + b * J + block, mask=block < J, other=0.0)
             keys = tl.load(group_keys_ptr + b * G + group, mask=group < G, other=0.0)
-            kept_keys = tl.sum(tl.reshape(keys * bits, [BLOCKS, SUMMARY // N]), 1)
-            block = first * N // SUMMARY + tl.arange(0, BLOCKS)
-            dropped = tl.load(block_keys_ptr + b * J + block, mask=block < J, other=0.0) - kept_keys
-            bias = tl.load(block_bias_ptr + b * J + block, mask=block < J, other=0.0)
-            bias = tl.where(dropped > 0.5, tl.log2(tl.maximum(dropped, 1.0)) + bias, float("-inf"))
-            tl.store(tail_bias_ptr + slice_index * J + block, bias, mask=block < J)
-    tl.store(counts_ptr + slice_index, kept)
+        else:
+            held = tl.maximum(tl.minimum(Sk - block * SUMMARY, SUMMARY), 0).to(tl.float32)
+            shift = 0.0
+            keys = tl.maximum(tl.minimum(Sk - group * N, N), 0).to(tl.float32)
+        for s in tl.static_range(SUB):
+            inside = group // 32 < tl.where(slices > s, W, 0)
+            own = tl.load(words_ptr + s * stride_mt + group // 32, mask=inside, other=0)
+            dropped = held - tl.sum(tl.reshape(keys * ((own >> bit) & 1), [BLOCKS, SUMMARY // N]), 1)
+            bias = tl.where(dropped > 0.5, tl.log2(tl.maximum(dropped, 1.0)) + shift, float("-inf"))
+            place = tail_bias_ptr + (bh * T + x * SUB + s) * J + block
+            tl.store(place, bias, mask=block < tl.where(slices > s, J, 0))
 
 
-def tail_statistics(bias: Tensor | None, keys: int, n: int, like: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Keys that are not masked per group [B, G] and per summary block [B, J], and the blocks' mean bias in base 2."""
-    group_keys, _ = group_statistics(bias, keys, n, like)
-    block_keys, block_bias = group_statistics(bias, keys, SUMMARY, like)
-    return group_keys, block_keys, block_bias * math.log2(math.e)
-
-
-def launch(mask: Tensor, groups: int, n: int, tail: tuple[Tensor, Tensor, Tensor] | None = None):
-    """(lists, counts, tail_bias or None) of the slices in ``mask``; ``tail`` comes from ``tail_statistics``."""
+def launch(mask: Tensor, keys: int, n: int, sub: int = 1, tail: bool = False, bias: Tensor | None = None):
+    """(lists, kept keys, tail_bias or None) of tiles of ``sub`` slices; bias [B, Sk] is from ``normalise_key_bias``."""
     B, H, T, W = mask.shape
     if mask.stride(3) != 1:
         raise ValueError("column_lists: the words of a mask row must be contiguous; call mask.contiguous().")
-    lists = torch.empty(B, H, T, groups, dtype=torch.int32, device=mask.device)
-    counts = torch.empty(B, H, T, dtype=torch.int32, device=mask.device)
+    G, X = group_count(keys, n), (T + sub - 1) // sub
+    lists = torch.empty(B, H, X, G, dtype=torch.int32, device=mask.device)
+    kept = torch.empty(B, H, X, dtype=torch.int32, device=mask.device)
     group_keys = block_keys = block_bias = tail_bias = None
-    blocks = 0
-    if tail is not None:
-        group_keys, block_keys, block_bias = tail
-        blocks = block_keys.shape[1]
+    blocks = group_count(keys, SUMMARY) if tail else 0
+    if tail:
         tail_bias = torch.empty(B, H, T, blocks, dtype=torch.float32, device=mask.device)
-    _column_lists[(T, B * H)](
-        mask, lists, counts, tail_bias, group_keys, block_keys, block_bias,
+        if bias is not None:
+            group_keys, _ = group_statistics(bias, keys, n, bias)
+            block_keys, block_bias = group_statistics(bias, keys, SUMMARY, bias)
+            block_bias = block_bias * math.log2(math.e)
+    block = min(BLOCK, max(128, triton.next_power_of_2(G)))
+    _column_lists[(X, triton.cdiv(G, block), B * H)](
+        mask, lists, kept, tail_bias, group_keys, block_keys, block_bias,
         *mask.stride()[:3],
-        H, T, W, groups, blocks,
-        N=n, BLOCK=BLOCK, SUMMARY=SUMMARY, TAIL=tail is not None,
+        H, T, X, W, G, blocks, keys,
+        N=n, SUB=sub, BLOCK=block, BLOCK_W=triton.next_power_of_2(W), SUMMARY=SUMMARY,
+        TAIL=tail, HAS_BIAS=tail and bias is not None,
         num_warps=4,
     )  # fmt: skip
-    return lists, counts, tail_bias
+    return lists, kept, tail_bias

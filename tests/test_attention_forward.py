@@ -1,9 +1,10 @@
-"""The portable attention kernel against float64; in Triton's interpreter where there is no GPU."""
+"""The attention kernels against float64: one table of cases for both; the portable one in Triton's interpreter where
+there is no GPU, the one for Hopper on a Hopper GPU only."""
 
 import pytest
 import torch
 
-from fg_inductor.kernels import attention_forward, column_lists
+from fg_inductor.kernels import attention_forward, column_lists, work_order
 from fg_inductor.kernels.mask import GROUPS, SLICES, group_count, pack, unpack, word_count
 from fg_inductor.testing import CASES, Case, assert_as_accurate, make_groups, reference_result
 
@@ -12,40 +13,92 @@ CUDA = torch.cuda.is_available()
 DTYPES = (torch.bfloat16, torch.float16, torch.float32) if CUDA else (torch.float32,)
 
 
-def check(case: Case, dtype: torch.dtype, device: str) -> None:
+HOPPER_DTYPES = (torch.bfloat16, torch.float16)
+
+
+def portable(*arguments):
+    return attention_forward.launch(*arguments)
+
+
+def hopper(*arguments):
+    from fg_inductor.kernels import attention_forward_hopper
+
+    return attention_forward_hopper.launch(*arguments)
+
+
+needs_hopper = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not (CUDA and torch.cuda.get_device_capability() == (9, 0)), reason="needs a Hopper GPU"),
+]
+KERNELS = [pytest.param(portable, id="portable"), pytest.param(hopper, id="hopper", marks=needs_hopper)]
+
+
+def of_both(cases, dtypes):
+    """Every (launcher, case, dtype) that the launcher is for."""
+    rows = [pytest.param(portable, case, dtype, id=f"portable-{dtype}-{case}") for case in cases for dtype in dtypes]
+    hoppers = [(case, dtype) for case in cases if case.dim <= 128 for dtype in HOPPER_DTYPES]
+    return rows + [pytest.param(hopper, *row, id=f"hopper-{row[1]}-{row[0]}", marks=needs_hopper) for row in hoppers]
+
+
+def check(launch, case: Case, dtype: torch.dtype, device: str) -> None:
     expected = reference_result(case, dtype, device)
-    out, lse = attention_forward.launch(*expected.arguments)
+    out, lse = launch(*expected.arguments)
     assert out.transpose(1, 2).is_contiguous() and lse.dtype == torch.float32
     assert_as_accurate(out, expected.plain_out, expected.exact_out, "out")
     assert_as_accurate(lse, expected.plain_lse, expected.exact_lse, "lse")
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
-def test_cases(case, dtype, device, poison):
-    check(case, dtype, device)
+@pytest.mark.parametrize(("launch", "case", "dtype"), of_both(CASES, DTYPES))
+def test_cases(launch, case, dtype, device, poison):
+    check(launch, case, dtype, device)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.id in ("dim-128", "tail-n8", "ordered")], ids=str)
 def test_half_precision(case, device, poison):
-    check(case, torch.float16, device)
+    check(portable, case, torch.float16, device)
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("launch", KERNELS)
 @pytest.mark.parametrize("tail", ["none", "pooled"])
 @pytest.mark.parametrize("dim", [64, 96, 128])
 @pytest.mark.parametrize("n", GROUPS)
 @pytest.mark.parametrize("m", SLICES)
-def test_every_slice_shape(m, n, dim, tail, device, poison):
+def test_every_slice_shape(m, n, dim, tail, launch, device, poison):
     case = Case(f"{m}x{n}", m=m, n=n, dim=dim, tail=tail, queries=1000, keys=1100, ordered=True)
-    check(case, torch.bfloat16, device)
+    check(launch, case, torch.bfloat16, device)
 
 
-def test_heads_in_chunks(device, poison, monkeypatch):
+@pytest.mark.parametrize("launch", [KERNELS[1]])
+@pytest.mark.parametrize("m", SLICES)
+@pytest.mark.parametrize(("queries", "keys"), [(1, 1), (63, 129), (129, 63), (32761, 2049)])
+def test_lengths(launch, queries, keys, m, device, poison):
+    check(launch, Case("", m=m, n=1, queries=queries, keys=keys, dim=128, density=0.5), torch.bfloat16, device)
+
+
+@pytest.mark.parametrize("launch", [KERNELS[1]])
+@pytest.mark.parametrize("m", SLICES)
+def test_repeats_are_identical(launch, m, device):
+    """Many CTAs, each with tiles enough to fill the pipeline several times over: no run may differ in a bit."""
+    case = Case("", m=m, n=1, heads=4, kv_heads=2, queries=4500, keys=5000, dim=128, tail="pooled", ordered=True)
+    arguments = reference_result(case, torch.bfloat16, device).arguments
+    first = launch(*arguments)
+    different = torch.zeros((), dtype=torch.int64, device=device)
+    for _ in range(200):
+        for a, b in zip(launch(*arguments), first, strict=True):
+            different += (a != b).sum()
+    assert different.item() == 0
+
+
+@pytest.mark.parametrize("launch", KERNELS)
+def test_heads_in_chunks(launch, device, poison, monkeypatch):
     """A workspace for one head at a time must not change what a head reads or writes."""
     case = next(c for c in CASES if c.id == "ordered-batch-2")
-    monkeypatch.setattr(attention_forward, "LIST_BYTES", 1)
-    check(case, torch.float32, device)
+    module = launch is portable and attention_forward
+    if not module:
+        from fg_inductor.kernels import attention_forward_hopper as module
+    monkeypatch.setattr(module, "LIST_BYTES", 1)
+    check(launch, case, torch.float32 if launch is portable else torch.bfloat16, device)
 
 
 def test_offsets_beyond_32_bits(device, monkeypatch):
@@ -101,22 +154,41 @@ def test_dropped_keys_are_not_read(tail, device, poison):
 
 @pytest.mark.parametrize("n", [1, 8, 128])
 @pytest.mark.parametrize("keep", ["random", "full", "none", "single"])
-def test_column_lists(keep, n, device, poison):
-    case = Case(keep, m=16, n=n, queries=40, keys=2100, keep=keep)
+@pytest.mark.parametrize("sub", [1, 4])
+def test_column_lists(sub, keep, n, device, poison):
+    """Ascending ids of what any slice of a tile keeps, and which slices keep it; 18 slices are no multiple of 4."""
+    case = Case(keep, m=16, n=n, queries=280, keys=2100 if n > 1 else 9000, keep=keep, density=0.02)
     groups = make_groups(case)
-    lists, counts, _ = column_lists.launch(pack(groups, word_count(2100, n)).to(device), groups.shape[-1], n)
-    assert torch.equal(counts.cpu().long(), groups.sum(-1))
-    for row, count, kept in zip(lists.flatten(0, 2), counts.flatten(), groups.flatten(0, 2), strict=True):
-        assert row[:count].tolist() == kept.nonzero()[:, 0].tolist()
+    lists, kept, _ = column_lists.launch(pack(groups, word_count(case.keys, n)).to(device), case.keys, n, sub)
+    tiles = torch.nn.functional.pad(groups, (0, 0, 0, -groups.shape[2] % sub)).unflatten(2, (-1, sub))
+    size = torch.full((groups.shape[-1],), n)
+    size[-1] = case.keys - n * (groups.shape[-1] - 1)
+    assert torch.equal(kept.cpu().long(), (tiles.any(3) * size).sum(-1))
+    for row, tile in zip(lists.cpu().flatten(0, 2), tiles.flatten(0, 2), strict=True):
+        ids = tile.any(0).nonzero()[:, 0]
+        bits = (tile[:, ids] << torch.arange(24, 24 + sub)[:, None]).sum(0) if sub > 1 else 0
+        assert torch.equal(row[: len(ids)].long(), ids + bits)
 
 
 def test_mask_of_strided_heads(device):
     """A slice of the mask's heads is expanded without a copy."""
     groups = torch.rand(2, 3, 2, 300) < 0.4
     mask = pack(groups, word_count(300, 1)).to(device)
-    lists, counts, _ = column_lists.launch(mask[:, 1:], 300, 1)
+    lists, kept, _ = column_lists.launch(mask[:, 1:], 300, 1)
     rebuilt = torch.zeros(2, 2, 2, 300, dtype=torch.bool)
     for index in torch.cartesian_prod(*map(torch.arange, (2, 2, 2))).tolist():
-        rebuilt[tuple(index)][lists[tuple(index)][: counts[tuple(index)]].long().cpu()] = True
+        rebuilt[tuple(index)][lists[tuple(index)][: kept[tuple(index)]].long().cpu()] = True
     assert torch.equal(rebuilt, groups[:, 1:])
     assert torch.equal(unpack(mask, 300).cpu(), groups)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (2, 3, 5), (1, 3, 700)])
+def test_work_order(shape, device, poison):
+    """Heads by what they keep in all, tiles of a head by what they keep; equal ones by index."""
+    keys = torch.randint(0, 9, shape, generator=torch.Generator().manual_seed(0)).to(torch.int32)
+    keys[..., 0, :] = 3
+    work = work_order.launch(keys.to(device)).cpu().long()
+    heads = keys.flatten(0, 1).long()
+    ranked = sorted(range(len(heads)), key=lambda h: -heads[h].sum())
+    expected = [(h * shape[2] + x, heads[h, x]) for h in ranked for x in heads[h].sort(descending=True, stable=True)[1]]
+    assert work.tolist() == [[int(index), int(kept)] for index, kept in expected]

@@ -18,11 +18,11 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fg_inductor.bench.common import save, show
-from fg_inductor.kernels import attention_forward, column_lists, group_means, select_pooled
+from fg_inductor.kernels import attention_forward, column_lists, group_means, select_pooled, work_order
 
 COLUMNS = ["kernel", "variant", "registers", "stack", "shared", "HGMMA", "HMMA", "copies", "spill loads"]
 POINTERS = {
-    "lists_ptr": "*i32", "counts_ptr": "*i32", "order_ptr": "*i32", "mask_ptr": "*i32", "limit_ptr": "*i32",
+    "lists_ptr": "*i32", "work_ptr": "*i32", "keys_ptr": "*i32", "order_ptr": "*i32", "mask_ptr": "*i32", "limit_ptr": "*i32",
     "lse_ptr": "*fp32", "bias_ptr": "*fp32", "score_ptr": "*fp32", "tail_bias_ptr": "*fp32",
     "group_keys_ptr": "*fp32", "block_keys_ptr": "*fp32", "block_bias_ptr": "*fp32",
     "forced_ptr": "*i8", "dense_ptr": "*i8",
@@ -101,10 +101,12 @@ def table() -> list[dict]:
     rows = [attention(m, 8, 128) for m in (128, 64, 32, 16)]
     rows += [attention(128, 1, 128), attention(128, 8, 64), attention(128, 8, 96)]
     rows += [attention(128, 8, 128, **{flag: True}) for flag in ("bias", "order", "tail")]
-    lists = dict(N=8, BLOCK=column_lists.BLOCK, SUMMARY=128)
-    absent = dict.fromkeys(("tail_bias_ptr", "group_keys_ptr", "block_keys_ptr", "block_bias_ptr"))
-    rows.append(resources(column_lists._column_lists, "N 8", lists | absent | {"TAIL": False}))
-    rows.append(resources(column_lists._column_lists, "N 8 tail", lists | {"TAIL": True}))
+    lists = dict(N=8, SUB=1, BLOCK=column_lists.BLOCK, BLOCK_W=128, SUMMARY=128, TAIL=False, HAS_BIAS=False)
+    absent = dict.fromkeys(("group_keys_ptr", "block_keys_ptr", "block_bias_ptr"))
+    rows.append(resources(column_lists._column_lists, "N 8", lists | absent | {"tail_bias_ptr": None}))
+    rows.append(resources(column_lists._column_lists, "N 8 tail", lists | absent | {"TAIL": True}))
+    order = dict(BLOCK=work_order.BLOCK, BLOCK_H=16, BLOCK_X=256)
+    rows.append(resources(work_order._work_order, "", order, num_warps=4))
     means = dict(D=128, BLOCK_D=128, N=16, BLOCK_G=16, HAS_ORDER=True, HAS_BIAS=False, bias_ptr=None)
     rows.append(resources(group_means._group_means, "N 16 order", means))
     scoring = dict(D=128, BLOCK_D=128, BLOCK_R=select_pooled.BLOCK_R, BLOCK_G=64, HAS_BIAS=False, PRECISION="tf32")
