@@ -60,8 +60,13 @@ def hopper(refusal=None, launch=None):
     return module
 
 
-def arguments(device="cuda"):
-    """Of ``ops.attention_kernel``, without ``kernel_name``: fake, on any device."""
+@pytest.fixture
+def call():
+    """Arguments of ``ops.attention_kernel`` up to ``kernel_name``: fake, on CUDA, made before a card is made up."""
+    return arguments("cuda")
+
+
+def arguments(device):
     with FakeTensorMode():
         q, k, v = (torch.empty(1, 2, 64, 64, dtype=torch.bfloat16, device=device) for _ in range(3))
         mask = torch.empty(1, 2, 1, word_count(64, 8), dtype=torch.int32, device=device)
@@ -81,16 +86,16 @@ CHOICES = {
 
 
 @pytest.mark.parametrize("kernel, capability, refusal, chosen", CHOICES.values(), ids=CHOICES)
-def test_choice(kernel, capability, refusal, chosen, card, install):
+def test_choice(kernel, capability, refusal, chosen, call, card, install):
     card(capability)
     install(hopper(refusal))
-    assert ops.attention_kernel(*arguments(), kernel) == chosen
+    assert ops.attention_kernel(*call, kernel) == chosen
 
 
-def test_auto_is_portable_where_triton_lacks_gluon(card, install):
+def test_auto_is_portable_where_triton_lacks_gluon(call, card, install):
     card((9, 0))
     install(None)
-    assert ops.attention_kernel(*arguments(), "auto") == "portable"
+    assert ops.attention_kernel(*call, "auto") == "portable"
 
 
 ERRORS = {
@@ -102,22 +107,22 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("capability, module, message", ERRORS.values(), ids=ERRORS)
-def test_forced_hopper_raises(capability, module, message, card, install):
+def test_forced_hopper_raises(capability, module, message, call, card, install):
     card(capability)
     install(module)
     with pytest.raises(ValueError, match=f"fgattn::attention: the hopper kernel can't run this call: .*{message}"):
-        ops.attention_kernel(*arguments(), "hopper")
+        ops.attention_kernel(*call, "hopper")
 
 
-def test_card_is_asked_once_and_not_for_portable(card, install, monkeypatch):
+def test_card_is_asked_once_and_not_for_portable(call, card, install, monkeypatch):
     card((9, 0))
     install(hopper())
     asked = []
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: asked.append(device) or (9, 0))
-    ops.attention_kernel(*arguments(), "portable")
+    ops.attention_kernel(*call, "portable")
     assert asked == []
     for _ in range(3):
-        ops.attention_kernel(*arguments(), "auto")
+        ops.attention_kernel(*call, "auto")
     assert asked == [torch.device("cuda:0")]
 
 
