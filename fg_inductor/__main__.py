@@ -34,7 +34,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def benchmarks() -> list[str]:
     """The modules of ``fg_inductor.bench`` that are benchmarks: all but what they share."""
-    return sorted(module.name for module in pkgutil.iter_modules(bench.__path__) if module.name != "common")
+    return sorted({module.name for module in pkgutil.iter_modules(bench.__path__)} - {"common", "masks"})
 
 
 def environment() -> dict[str, str]:

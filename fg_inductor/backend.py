@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.fx import GraphModule
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx import GraphModule, Node
 
 from fg_inductor import kernels, passes
 from fg_inductor.kernels import ops
 from fg_inductor.passes import cache_key, checkpoint, density, sdpa
-from fg_inductor.passes.graph import value
+from fg_inductor.passes.graph import hint, value
 from fg_inductor.passes.site import Site
 from fg_inductor.report import Meter, Report, Row, announce, record, reset
 from fg_inductor.settings import PREFIX, Settings
@@ -163,11 +164,31 @@ def rewrite(gm: GraphModule, settings: Settings, graph_id: str) -> list[Row]:
 
 
 def _kernels(gm: GraphModule, sites: list[Site]) -> list[str | None]:
-    """The kernel that runs each site. Nodes that are no site are the user's own calls."""
+    """The kernel that will run each site. Raises ValueError where ``fgattn.kernel`` forces one that can't.
+
+    Nodes that are no site are the user's own calls.
+    """
     graphs = [m.graph for m in gm.modules() if isinstance(m, GraphModule)]
     nodes = [node for graph in graphs for node in graph.find_nodes(op="call_function", target=ops.attention)]
-    devices = {node.meta.get("fgattn_site"): value(node)[0].device.type for node in nodes}
-    return [{"cuda": "portable", "cpu": "reference"}.get(devices.get(site.index)) for site in sites]
+    at = {node.meta["fgattn_site"]: node for node in nodes if "fgattn_site" in node.meta}
+    return [_kernel(at[site.index]) if site.index in at else None for site in sites]
+
+
+def _kernel(node: Node) -> str:
+    """What the operator chooses for a node: from its fake arguments, cast as autocast will cast them."""
+    dtype = value(node)[0].dtype
+    q, k, v, *rest = (_traced(value(x)) if isinstance(x, Node) else x for x in node.args)
+    return ops.attention_kernel(*(x.to(dtype) for x in (q, k, v)), *rest)
+
+
+def _traced(x: Any) -> Any:
+    """A fake tensor with the sizes that the graph was traced with, so that a question about them adds no guard."""
+    if not isinstance(x, FakeTensor) or all(isinstance(size, int) for size in (*x.shape, *x.stride())):
+        return x
+    # Any size will do where only run time knows it: a kernel refuses layouts and head dims, not lengths.
+    shape, stride = ([4096 if hint(size) is None else hint(size) for size in sizes] for sizes in (x.shape, x.stride()))
+    with x.fake_mode:
+        return torch.empty_strided(shape, stride, dtype=x.dtype, device=x.device)
 
 
 def _check_strict(rows: list[Row], settings: Settings) -> None:

@@ -28,7 +28,8 @@ class Row:
     graph     the compile id of Dynamo's graph, "frame/recompilation", as in its logs
     site      as ``passes.site.Site`` has it: path, kind, shapes, dtype, decision, reason
     settings  the options that it was compiled with
-    kernel    "portable" (Triton, on CUDA) or "reference" (PyTorch, on CPU); None where it stays dense
+    kernel    "hopper" (Gluon), "portable" (Triton) or "reference" (PyTorch, on CPU): what ``kernels.choice`` says of
+              the sizes that the graph was traced with; None where it stays dense
     density   kept pairs / all pairs, the mean over all calls so far; None where it was not measured
     note      why ``fgattn.stats`` could not measure it; else empty
     """

@@ -6,12 +6,11 @@ import numbers
 from dataclasses import dataclass
 from typing import Any
 
-from fg_inductor.kernels.checks import POOLS, TAILS
+from fg_inductor.kernels.checks import KERNELS, POOLS, TAILS
 from fg_inductor.kernels.mask import GROUPS, SLICES
 
 PREFIX = "fgattn."
 MASKS = ("pooled", "dense")
-KERNELS = ("auto", "portable")
 INNERS = ("inductor", "aot_eager", "eager")
 WHENS = ("faster", "always")
 
@@ -130,7 +129,11 @@ class Settings:
         _only(None, "settings by site are not read yet"),
         "a calibration file with settings by site (reserved: only the default)",
     )
-    kernel: str = _option("auto", _one_of(*KERNELS), "force a kernel: 'auto' or 'portable'")
+    kernel: str = _option(
+        "auto",
+        _one_of(*KERNELS),
+        "'hopper', 'portable', or 'auto' (hopper where card and call allow); a forced one that can't run raises",
+    )
     strict: bool = _option(False, _flag, "raise where a video site cannot be rewritten, instead of leaving it dense")
     stats: bool = _option(False, _flag, "measure the kept density of each site (costs a pass over the mask)")
     quiet: bool = _option(False, _flag, "do not print the line at the first compile")

@@ -14,6 +14,7 @@ from fg_inductor.kernels.mask import GROUPS, SLICES, slice_count, word_count
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 HEAD_DIMS = (64, 96, 128, 256)
 TAILS = ("none", "pooled")
+KERNELS = ("auto", "portable", "hopper")
 POOLS = (8, 16, 32, 64, 128)
 
 
@@ -117,7 +118,7 @@ def check_select(q, k, key_bias, order, m, n, pool, top_p, density, max_density,
             fail(op, f"{name} must hold [start, end) pairs, got {len(x)} numbers.")
 
 
-def check_attention(q, k, v, mask, key_bias, order, m, n, tail) -> None:
+def check_attention(q, k, v, mask, key_bias, order, m, n, tail, kernel_name) -> None:
     """The arguments of ``attention``."""
     op = "attention"
     check_tensors(op, q, k, v, key_bias, order)
@@ -125,3 +126,5 @@ def check_attention(q, k, v, mask, key_bias, order, m, n, tail) -> None:
     check_mask(op, mask, q, k, m, n)
     if tail not in TAILS:
         fail(op, f"tail={tail!r}; choose one of {TAILS}.")
+    if kernel_name not in KERNELS:
+        fail(op, f"kernel_name={kernel_name!r}; choose one of {KERNELS}.")

@@ -9,16 +9,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fg_inductor.kernels import reference
+from fg_inductor.kernels import choice, reference
 from fg_inductor.kernels.checks import check_attention, check_select, check_slice, fail
 from fg_inductor.kernels.mask import slice_count, word_count
 
+# Inductor passes arguments that have a default by name, to functions of its own: none may be called ``kernel``.
 SCHEMAS = {
     "select_pooled": "(Tensor q, Tensor k, Tensor? key_bias, Tensor? order, float scale, int m, int n, int pool, "
     "float top_p, float? density, float max_density, SymInt[] dense_keys, SymInt[] dense_queries, SymInt min_seq) "
     "-> Tensor",
     "attention": "(Tensor q, Tensor k, Tensor v, Tensor mask, Tensor? key_bias, Tensor? order, float scale, "
-    "int m, int n, str tail, SymInt min_seq) -> (Tensor out, Tensor lse)",
+    'int m, int n, str tail, SymInt min_seq, str kernel_name="auto") -> (Tensor out, Tensor lse)',
     "attention_backward": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor mask, "
     "Tensor? key_bias, Tensor? order, float scale, int m, int n, str tail, SymInt min_seq) "
     "-> (Tensor dq, Tensor dk, Tensor dv)",
@@ -79,8 +80,8 @@ def _empty_out(q: Tensor) -> Tensor:
 
 
 @torch.library.register_fake("fgattn::attention")
-def _attention_fake(q, k, v, mask, key_bias, order, scale, m, n, tail, min_seq):
-    check_attention(q, k, v, mask, key_bias, order, m, n, tail)
+def _attention_fake(q, k, v, mask, key_bias, order, scale, m, n, tail, min_seq, kernel_name="auto"):
+    check_attention(q, k, v, mask, key_bias, order, m, n, tail, kernel_name)
     return _empty_out(q), q.new_empty(q.shape[0], q.shape[1], q.shape[2], dtype=torch.float32)
 
 
@@ -93,24 +94,29 @@ def _dense(q, k, v, key_bias, scale):
     return out, q.new_full((q.shape[0], q.shape[1], q.shape[2]), torch.nan, dtype=torch.float32)
 
 
-def _attention(forward):
-    def run(q, k, v, mask, key_bias, order, scale, m, n, tail, min_seq):
-        check_attention(q, k, v, mask, key_bias, order, m, n, tail)
-        if min(q.shape[2], k.shape[2]) < min_seq:
-            return _dense(q, k, v, key_bias, scale)
-        return forward(q, k, v, mask, key_bias, order, scale, m, n, tail)
-
-    return run
+def attention_kernel(q, k, v, mask, key_bias, order, scale, m, n, tail, min_seq, kernel_name="auto") -> str:
+    """What runs these arguments where it is not dense: ``kernels.choice``. Fake tensors will do."""
+    return choice.choose(kernel_name, *_unit_stride(q, k, v), mask, key_bias, order, scale, m, n, tail)
 
 
-def _attention_cuda(q, k, v, *rest):
-    from fg_inductor.kernels import attention_forward
+# The dispatcher leaves out an argument that equals its default.
+def _attention(q, k, v, mask, key_bias, order, scale, m, n, tail, min_seq, kernel_name="auto"):
+    check_attention(q, k, v, mask, key_bias, order, m, n, tail, kernel_name)
+    if min(q.shape[2], k.shape[2]) < min_seq:
+        return _dense(q, k, v, key_bias, scale)
+    arguments = (*_unit_stride(q, k, v), mask, key_bias, order, scale, m, n, tail)
+    chosen = choice.choose(kernel_name, *arguments)
+    if chosen == "reference":
+        return reference.attention(*arguments)
+    if chosen == "hopper":
+        from fg_inductor.kernels import attention_forward_hopper as schedule
+    else:
+        from fg_inductor.kernels import attention_forward as schedule
+    return schedule.launch(*arguments)
 
-    return attention_forward.launch(*_unit_stride(q, k, v), *rest)
 
-
-torch.library.impl("fgattn::attention", "CPU", _attention(reference.attention))
-torch.library.impl("fgattn::attention", "CUDA", _attention(_attention_cuda))
+torch.library.impl("fgattn::attention", "CPU", _attention)
+torch.library.impl("fgattn::attention", "CUDA", _attention)
 
 
 @torch.library.register_fake("fgattn::attention_backward")
@@ -129,7 +135,7 @@ torch.library.impl("fgattn::attention_backward", "CUDA", _attention_backward)
 
 
 def _attention_setup(ctx, inputs, output):
-    q, k, v, mask, key_bias, order, *ctx.parameters = inputs
+    q, k, v, mask, key_bias, order, *ctx.parameters, _ = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, *output, mask, key_bias, order)
@@ -139,7 +145,7 @@ def _attention_grad(ctx, dout, _):
     grads = (None, None, None)
     if dout is not None:
         grads = torch.ops.fgattn.attention_backward.default(dout, *ctx.saved_tensors, *ctx.parameters)
-    return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)), *(None,) * 8
+    return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)), *(None,) * 9
 
 
 def _no_double_backward(ctx, *_):

@@ -102,7 +102,7 @@ class _Rewriter:
             density = (settings.pool, settings.top_p, settings.density, settings.max_density)
             select_args = (q, k, bias, order, *shape, *density, dense_keys, dense_queries, min_seq)
             mask = call(graph, ops.select_pooled, select_args, node, cast)
-            attention_args = (q, k, v, mask, bias, order, *shape, settings.tail, min_seq)
+            attention_args = (q, k, v, mask, bias, order, *shape, settings.tail, min_seq, settings.kernel)
             result = call(graph, ops.attention, attention_args, node, cast)
             out = call(graph, operator.getitem, (result, 0), node)
             if _is_contiguous(value(node)) and _is_viewed(node):

@@ -335,5 +335,6 @@ def test_modes_on_cuda(mode):
             exact = model.double()((scale * x).double())
             model.bfloat16()
             assert_as_accurate(actual, plain, exact)
-    assert [(row.kernel, row.density) for row in fg_inductor.report()] == [("portable", 1.0)] * 2
+    assert [row.density for row in fg_inductor.report()] == [1.0] * 2
+    assert all(row.kernel in ("portable", "hopper") for row in fg_inductor.report())
     assert counters["inductor"]["cudagraph_skips"] == 0

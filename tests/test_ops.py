@@ -335,6 +335,8 @@ SELECT_ONLY = {
 }
 ATTENTION_ONLY = {
     "tail": ({"tail": "mean"}, r"tail='mean'; choose one of \('none', 'pooled'\)"),
+    "kernel": ({"kernel_name": "triton"}, r"kernel_name='triton'; choose one of \('auto', 'portable', 'hopper'\)"),
+    "kernel-on-cpu": ({"kernel_name": "portable"}, "the portable kernel can't run this call: q is on cpu.* CUDA; pass"),
     "values-length": ({"v": torch.zeros(2, 2, 49, 64)}, r"v \(2, 2, 49, 64\) must have .* k \(2, 2, 50, 64\)"),
     "values-heads": ({"v": torch.zeros(2, 4, 50, 64)}, r"v \(2, 4, 50, 64\) must have the heads"),
     "values-dtype": ({"v": torch.zeros(2, 2, 50, 64).half()}, "v is torch.float16 on cpu but q is torch.float32"),
@@ -357,7 +359,7 @@ def _bad_call(op, changes):
         usual = {"pool": 16, "top_p": 0.9, "density": None, "max_density": 1.0, "dense_keys": [], "dense_queries": []}
         tensors.pop("v")
     else:
-        usual = {"mask": torch.zeros(2, 4, 3, 4, dtype=torch.int32), "tail": "none"}
+        usual = {"mask": torch.zeros(2, 4, 3, 4, dtype=torch.int32), "tail": "none", "kernel_name": "auto"}
     arguments = tensors | shared | usual | {"min_seq": 0}
     return op(**arguments | {name: x for name, x in changes.items() if name in arguments})
 

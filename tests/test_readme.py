@@ -31,7 +31,7 @@ def test_a_lost_marker_is_named(tables):
 def test_tables_say_shared_values_once(tables, tmp_path):
     head = {"bench": "attention", "card": "A card", "torch": "2.11", "triton": "3.6", "commit": "abc", "dtype": "half"}
     rows = [
-        {**head, "slice": "128x1", "baseline_ms": 8.0, "median_ms": 4.0, "ratio": 2.0, "error": None},
+        {**head, "slice": "128x1", "baseline_ms": 8.0, "median_ms": 4.0, "p80_ms": 4.1, "ratio": 2.0, "error": None},
         {**head, "slice": "128x8", "baseline_ms": 8.0, "median_ms": 3.0, "ratio": 8 / 3, "error": 0.0021},
     ]
     (tmp_path / "a.json").write_text(json.dumps(rows))

@@ -20,6 +20,7 @@ ACCEPTED = [
     ("token_grid", None, None),
     ("dense_first", 0, 0.0),
     ("tail", "pooled", "pooled"),
+    ("kernel", "hopper", "hopper"),
     ("strict", True, True),
 ]
 

@@ -5,7 +5,8 @@
 
 A file of results is a list of records: ``bench``, ``card``, ``torch``, ``triton``, ``commit``, ``variant``,
 ``median_ms``, ``baseline``, ``baseline_ms``, ``ratio`` and whatever else that benchmark measures. One table is made for
-each file and environment. A value that all its records share is said once, above the table.
+each file and environment. A value that all its records share is said once, above the table. The spread of a time, and
+the density that was asked for beside the one that was kept, stay in the file.
 """
 
 import argparse
@@ -21,7 +22,10 @@ ENVIRONMENT = ("bench", "card", "torch", "triton", "cudnn", "commit")
 LABELS = {
     "median_ms": "ms", "baseline_ms": "baseline, ms", "ratio": "speed-up", "kept": "kept density", "rate": "rate kept",
     "slice": "M x N", "psnr_db": "PSNR, dB", "lists_ms": "lists, ms", "select_ms": "selection, ms",
+    "lists": "kept groups", "tail_ms": "tail, ms", "together_ms": "selection and attention, ms",
+    "tflop": "TFLOP kept", "tflops": "TFLOP/s kept", "baseline_tflops": "baseline, TFLOP/s",
 }  # fmt: skip
+HIDDEN = {"density", "p20_ms", "p80_ms", "baseline_p20_ms", "baseline_p80_ms"}
 LAST = ("baseline", "baseline_ms", "median_ms", "ratio")  # in this order at the right of each table
 
 
@@ -37,7 +41,7 @@ def measured_tables(folder: Path = HERE / "results") -> str:
 
 def _table(file: str, rows: list[dict]) -> str:
     names = list(dict.fromkeys(name for row in rows for name in row if row[name] is not None))
-    names = [n for n in names if n not in (*ENVIRONMENT, *LAST)] + [n for n in LAST if n in names]
+    names = [n for n in names if n not in {*ENVIRONMENT, *LAST, *HIDDEN}] + [n for n in LAST if n in names]
     shared = {n for n in names if len(rows) > 1 and all(r.get(n) == rows[0].get(n) for r in rows)}
     facts = "; ".join(f"{LABELS.get(n, n)} {_text(rows[0][n], n)}" for n in names if n in shared)
     versions = {"torch": "torch", "triton": "Triton", "cudnn": "cuDNN", "commit": "commit"}

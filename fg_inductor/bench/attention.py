@@ -1,100 +1,254 @@
-"""One attention call: dense cuDNN against selection and fine-grained attention, in one process.
+"""One attention call: dense cuDNN against fine-grained attention, its parts and other kernels, in one process.
 
-    python -m fg_inductor bench attention --preset wan2.1-1.3b-480p --slices 128x1 128x8 --densities 0.3 0.15
+    python -m fg_inductor bench attention --preset wan2.1-1.3b-480p --density 0.3 --slice 128x1 --kernel hopper portable
 
-Queries, keys and values are random, and so is the mask that ``attention`` is timed with: every slice keeps its own
-random groups, the worst case for a gather. ``select_pooled`` is timed on the same tensors. The column "rate" is the
-kept share of dense work over the share of cuDNN's time. Errors are relative L2 against float64, over a few slices of
-one head.
+Every combination of --slice, --density, --lists, --tail and --kernel is a row. Queries, keys and values are random, in
+BSHD storage, and as many sets of them take turns as fill the L2 cache twice. The mask is given (--lists) and its kept
+work is what counts: "kept" is the measured density, "TFLOP" the useful work of a call, "rate" the kept share of dense
+work over the share of cuDNN's time. Times are medians, JSON holds their 20th and 80th percentiles too. Errors are
+relative L2 against float64, over a few slices of the last head.
+
+--phases adds what goes with it: "lists_ms" expands the mask to column lists (a part of "median_ms"), "tail_ms" is what
+the pooled tail adds, "select_ms" makes a mask from q and k, "together_ms" selects and attends.
 """
 
 import argparse
+import itertools
+import re
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fg_inductor.bench.common import PRESETS, environment, median_ms, save, show
-from fg_inductor.kernels import column_lists, ops, reference
-from fg_inductor.kernels.checks import TAILS
-from fg_inductor.kernels.mask import group_count, pack, slice_count, unpack, word_count
+from fg_inductor.bench.common import PRESETS, environment, measure, save, sets_past_l2, show
+from fg_inductor.bench.masks import LISTS, make_mask
+from fg_inductor.kernels import ops, reference
+from fg_inductor.kernels.checks import HEAD_DIMS, KERNELS, TAILS
+from fg_inductor.kernels.mask import GROUPS, SLICES, group_count, unpack
+
+COLUMNS = [
+    "variant", "slice", "lists", "tail", "kept", "tflop", "median_ms", "tflops", "ratio", "rate",
+    "lists_ms", "tail_ms", "select_ms", "together_ms", "error",
+]  # fmt: skip
+DENSE = {"fa2": ("FlashAttention-2 dense", SDPBackend.FLASH_ATTENTION)}
+BASELINES = ("cudnn", *DENSE, "flex")
+DEFAULT_PRESET = "wan2.1-1.3b-480p"
+Inputs = list[tuple[Tensor, Tensor, Tensor]]
 
 
-def random_mask(
-    batch: int, heads: int, queries: int, keys: int, m: int, n: int, density: float, device
-) -> torch.Tensor:
-    """A block mask whose groups are kept independently with probability ``density``."""
-    groups, words = group_count(keys, n), word_count(keys, n)
-    shape = (batch, slice_count(queries, m), groups)
-    rows = [pack(torch.rand(shape, device=device) < density, words) for _ in range(heads)]
-    return torch.stack(rows, 1)
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The arguments, with ``preset`` (None for sizes given one by one), ``heads``, ``seq`` and ``dim`` filled in."""
+    parser = argparse.ArgumentParser(prog="python -m fg_inductor bench attention", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--preset", choices=PRESETS, help=f"a model's self-attention; default {DEFAULT_PRESET}")
+    parser.add_argument("--seq", type=_positive, help="tokens; with --heads and --dim, instead of a preset")
+    parser.add_argument("--heads", type=_positive)
+    parser.add_argument("--dim", type=int, choices=HEAD_DIMS)
+    parser.add_argument("--batch", type=_positive, default=1)
+    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
+    parser.add_argument("--slice", nargs="+", type=_slice, default=[(128, 8)], metavar="MxN")
+    parser.add_argument("--density", nargs="+", type=_density, default=[0.3], help="share of the groups to keep")
+    parser.add_argument("--lists", nargs="+", choices=LISTS, default=["random"], help="see fg_inductor/bench/masks.py")
+    parser.add_argument("--tail", nargs="+", choices=TAILS, default=["none"])
+    parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=["auto"])
+    parser.add_argument(
+        "--baselines", nargs="*", choices=BASELINES, default=["cudnn"],
+        help="cudnn (ratios are to it); fa2: FlashAttention-2, dense; flex: FlexAttention, where M is 128, N 64 or 128",
+    )  # fmt: skip
+    parser.add_argument("--phases", action="store_true", help="time lists, tail and selection as well")
+    parser.add_argument("--json", metavar="FILE", help="write the rows there")
+    args = parser.parse_args(argv)
+    sizes = (args.seq, args.heads, args.dim)
+    if args.preset and any(sizes):
+        parser.error(f"--preset {args.preset} has its own --seq, --heads and --dim; leave out one or the others")
+    if any(sizes) and not all(sizes):
+        parser.error("--seq, --heads and --dim go together; give all three, or a --preset")
+    if not any(sizes):
+        args.preset = args.preset or DEFAULT_PRESET
+        args.heads, args.seq, args.dim = (PRESETS[args.preset][name] for name in ("heads", "tokens", "dim"))
+    return args
 
 
-def error(out, q, k, v, mask, m: int, n: int, scale: float, slices=(0, -1)) -> float:
-    """Relative L2 error of a few slices of the last head against float64."""
+def _positive(text: str) -> int:
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def _density(text: str) -> float:
+    try:
+        density = float(text)
+    except ValueError:
+        density = 0.0
+    if not 0 < density <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number in (0, 1]")
+    return density
+
+
+def _slice(text: str) -> tuple[int, int]:
+    found = re.fullmatch(r"(\d+)x(\d+)", text, re.ASCII)
+    m, n = map(int, found.groups()) if found else (0, 0)
+    if m not in SLICES or n not in GROUPS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not MxN, M in {SLICES} and N in {GROUPS}")
+    return m, n
+
+
+# The benchmark
+
+
+def rows(args: argparse.Namespace, device: str = "cuda") -> Iterator[dict]:
+    """Measure; a record for each row of the table."""
+    shape = (args.batch, args.seq, args.heads, args.dim)
+    dtype = getattr(torch, args.dtype)
+    count = sets_past_l2(3 * torch.Size(shape).numel() * dtype.itemsize) if device == "cuda" else 1
+    inputs = [
+        tuple(torch.randn(shape, device=device, dtype=dtype).transpose(1, 2) for _ in range(3)) for _ in range(count)
+    ]
+    dense_work = 4 * args.batch * args.heads * args.seq**2 * args.dim / 1e12
+    head = environment() | {"bench": "attention", "preset": args.preset, "shape": list(inputs[0][0].shape)}
+    head["dtype"] = args.dtype
+    dense = None
+    if "cudnn" in args.baselines:
+        timing = _dense(inputs, SDPBackend.CUDNN_ATTENTION)
+        dense = timing.median
+        head |= {"baseline": "cuDNN dense", **timing.fields("baseline"), "baseline_tflops": dense_work / dense * 1000}
+
+    def row(timing, kept: float, **what) -> dict:
+        ms, work = timing.median, kept * dense_work
+        record = head | what | {"kept": kept, "tflop": work, **timing.fields(), "tflops": work / ms * 1000}
+        return record | ({"ratio": dense / ms, "rate": kept * dense / ms} if dense else {})
+
+    for name, (variant, backend) in DENSE.items():
+        if name in args.baselines:
+            yield row(_dense(inputs, backend), 1.0, variant=variant)
+    for (m, n), density, lists in itertools.product(args.slice, args.density, args.lists):
+        q, k, v = inputs[0]
+        mask = make_mask(lists, args.batch, args.heads, args.seq, args.seq, m, n, density, device)
+        kept = ops.kept_density(mask, None, args.seq, args.seq, m, n).item()
+        what = {"slice": f"{m}x{n}", "lists": lists, "density": density}
+        if "flex" in args.baselines and m == 128 and n in (64, 128):
+            timing, out = _flex(inputs, mask, n)
+            found = {"error": error(out, q, k, v, mask, None, None, args.dim**-0.5, m, n, "none")}
+            yield row(timing, kept, variant="FlexAttention", **what) | found
+        for tail in args.tail:
+            call = (mask, None, None, args.dim**-0.5, m, n, tail, 0)
+            for variant, kernel in _kernels(args.kernel, inputs[0], call).items():
+                timing = _attention(inputs, call, kernel)
+                extra = _phases(inputs, call, kernel, timing.median, density) if args.phases else {}
+                found = {"error": error(ops.attention(q, k, v, *call, kernel)[0], q, k, v, *call[:-1])}
+                yield row(timing, kept, variant=variant, tail=tail, **what) | extra | found
+
+
+def _kernels(names: list[str], qkv: tuple[Tensor, Tensor, Tensor], call: tuple) -> dict[str, str]:
+    """The kernels to time: what runs -> the name that asks for it. Says which of them can't run the call."""
+    found = {}
+    for name in names:
+        try:
+            found.setdefault(ops.attention_kernel(*qkv, *call, name), name)
+        except ValueError as refused:
+            print(f"skipped: {refused}")
+    return found
+
+
+def _in_turns(inputs: Inputs, run: Callable[[Tensor, Tensor, Tensor], object]):
+    return measure([lambda qkv=qkv: run(*qkv) for qkv in inputs])
+
+
+def _dense(inputs: Inputs, backend: SDPBackend):
+    with sdpa_kernel(backend):
+        return _in_turns(inputs, F.scaled_dot_product_attention)
+
+
+def _attention(inputs: Inputs, call: tuple, kernel: str):
+    return _in_turns(inputs, lambda q, k, v: ops.attention(q, k, v, *call, kernel))
+
+
+def _flex(inputs: Inputs, mask: Tensor, n: int):
+    """FlexAttention, compiled, and its first result."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    blocks = flex_blocks(mask, inputs[0][0].shape[2], inputs[0][1].shape[2], n)
+    flex = torch.compile(flex_attention, dynamic=False)
+    options = {"BLOCK_N": n} if n < 128 else None  # of its own accord it takes 128 keys at a time for head dim 64
+
+    def run(q, k, v):
+        return flex(q, k, v, block_mask=blocks, kernel_options=options)
+
+    return _in_turns(inputs, run), run(*inputs[0])
+
+
+def flex_blocks(mask: Tensor, queries: int, keys: int, n: int):
+    """A block mask with m = 128 as FlexAttention's, its groups full blocks, so that no score is masked."""
+    from torch.nn.attention.flex_attention import BlockMask
+
+    keep = unpack(mask, group_count(keys, n))
+    counts = keep.sum(-1, dtype=torch.int32)
+    order = keep.int().argsort(dim=-1, descending=True, stable=True).int()
+    none = torch.zeros_like(counts)
+    return BlockMask.from_kv_blocks(none, order, counts, order, BLOCK_SIZE=(128, n), seq_lengths=(queries, keys))
+
+
+def _phases(inputs: Inputs, call: tuple, kernel: str, attention_ms: float, density: float) -> dict[str, float]:
+    mask, bias, order, scale, m, n, tail, min_seq = call
+    choose = (bias, order, scale, m, n, 16, 0.9, density, 1.0, [], [], min_seq)
+    found = {
+        "lists_ms": _lists_ms(mask, inputs[0][1].shape[2], n),
+        "select_ms": _in_turns(inputs, lambda q, k, v: ops.select_pooled(q, k, *choose)).median,
+    }
+    if tail != "none":
+        without = _attention(inputs, (mask, bias, order, scale, m, n, "none", min_seq), kernel)
+        found["tail_ms"] = attention_ms - without.median
+
+    def together(q, k, v):
+        return ops.attention(q, k, v, ops.select_pooled(q, k, *choose), *call[1:], kernel)
+
+    return found | {"together_ms": _in_turns(inputs, together).median}
+
+
+def _lists_ms(mask: Tensor, keys: int, n: int) -> float | None:
+    """Column lists of as many heads at once as the portable kernel makes; None on CPU, where there are none."""
+    if mask.device.type == "cpu":
+        return None
+    from fg_inductor.kernels import attention_forward, column_lists
+
+    batch, heads, slices, _ = mask.shape
+    groups = group_count(keys, n)
+    parts = mask.split(max(1, min(heads, attention_forward.LIST_BYTES // (4 * batch * slices * groups))), 1)
+    return measure([lambda: [column_lists.launch(part, groups, n) for part in parts]]).median
+
+
+def error(out, q, k, v, mask, key_bias, order, scale, m, n, tail, slices=(0, -1)) -> float:
+    """Relative L2 error of a few slices of the last head of the first batch entry against float64; no query order."""
     wrong = right = 0.0
     for t in slices:
         t = range(mask.shape[2])[t]
-        rows = slice(t * m, (t + 1) * m)
-        keep = unpack(mask[0, -1, t], group_count(k.shape[2], n)).repeat_interleave(n)[: k.shape[2]]
-        exact = reference.attention(
-            q[:1, -1:, rows].double(), k[:1, -1:, keep].double(), v[:1, -1:, keep].double(),
-            reference.full_mask(q[:1, -1:, rows], k[:1, -1:, keep], m, 1), None, None, scale, m, 1,
-        )[0]  # fmt: skip
-        wrong += (out[:1, -1:, rows].double() - exact).square().sum().item()
+        at = slice(t * m, (t + 1) * m)
+        head = (q[:1, -1:, at].double(), k[:1, -1:].double(), v[:1, -1:].double(), mask[:1, -1:, t : t + 1])
+        exact = reference.attention(*head, key_bias, order, scale, m, n, tail)[0]
+        wrong += (out[:1, -1:, at].double() - exact).square().sum().item()
         right += exact.square().sum().item()
     return (wrong / right) ** 0.5
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m fg_inductor bench attention", description=__doc__)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--preset", choices=PRESETS, default="wan2.1-1.3b-480p")
-    parser.add_argument("--slices", nargs="+", default=["128x1", "128x8"], help="MxN")
-    parser.add_argument("--densities", nargs="+", type=float, default=[1.0, 0.3, 0.15])
-    parser.add_argument("--tail", nargs="+", choices=TAILS, default=["none"])
-    parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
-    parser.add_argument("--out", help="a JSON file for the records")
-    args = parser.parse_args(argv)
+    args = parse(argv)
     if not torch.cuda.is_available():
-        parser.error("no CUDA device here; this benchmark compares GPU kernels")
-
+        raise SystemExit("bench attention: no CUDA device here; this benchmark compares GPU kernels.")
     torch.manual_seed(0)
-    shape = PRESETS[args.preset]
-    heads, tokens, dim = shape["heads"], shape["tokens"], shape["dim"]
-    dtype, scale = getattr(torch, args.dtype), dim**-0.5
-    q, k, v = (torch.randn(1, tokens, heads, dim, device="cuda", dtype=dtype).transpose(1, 2) for _ in range(3))
-    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
-        dense = median_ms(lambda: F.scaled_dot_product_attention(q, k, v))
-    rate = 4 * heads * tokens**2 * dim / dense / 1e9
-    print(f"{args.preset}: cuDNN dense {dense:.3f} ms, {rate:.0f} TFLOP/s on {torch.cuda.get_device_name()}")
-
-    head = environment() | {"bench": "attention", "preset": args.preset, "shape": [1, heads, tokens, dim]}
-    head |= {"dtype": args.dtype, "baseline": "cuDNN dense", "baseline_ms": dense}
     records = []
-    for text in args.slices:
-        m, n = map(int, text.split("x"))
-        for density in args.densities:
-            choose = (q, k, None, None, scale, m, n, 16, 0.9, density, 1.0, [], [], 0)
-            select_ms = median_ms(lambda choose=choose: ops.select_pooled(*choose))
-            mask = random_mask(1, heads, tokens, tokens, m, n, density, q.device)
-            lists_ms = median_ms(lambda mask=mask, n=n: column_lists.launch(mask, group_count(tokens, n), n))
-            kept = ops.kept_density(mask, None, tokens, tokens, m, n).item()
-            for tail in args.tail:
-                call = (q, k, v, mask, None, None, scale, m, n, tail, 0)
-                out, _ = ops.attention(*call)
-                ms = median_ms(lambda call=call: ops.attention(*call))
-                records.append(
-                    head
-                    | {"variant": "portable", "slice": text, "tail": tail, "kept": kept, "median_ms": ms}
-                    | {"ratio": dense / ms, "rate": kept * dense / ms, "lists_ms": lists_ms, "select_ms": select_ms}
-                    | {"error": error(out, q, k, v, mask, m, n, scale) if tail == "none" else None}
-                )
-    show(
-        records,
-        ["variant", "slice", "tail", "kept", "median_ms", "ratio", "rate", "lists_ms", "select_ms", "error"],
-    )
-    save(records, args.out)
+    for record in rows(args):
+        records.append(record)
+        save(records, args.json)  # what is measured so far, should a later row fail
+    if not records:
+        raise SystemExit("bench attention: no kernel could run any of the calls; see above.")
+    first = records[0]
+    on = ", ".join(f"{name} {first[name]}" for name in ("torch", "triton", "cudnn", "commit"))
+    print(f"{first['card']}, {on}; {args.preset or 'shape'} {' x '.join(map(str, first['shape']))}, {args.dtype}")
+    if "baseline_ms" in first:
+        print(f"{first['baseline']}: {first['baseline_ms']:.3f} ms, {first['baseline_tflops']:.0f} TFLOP/s")
+    show(records, [name for name in COLUMNS if any(r.get(name) is not None for r in records)])
 
 
 if __name__ == "__main__":

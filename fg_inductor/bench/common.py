@@ -1,20 +1,32 @@
 """What every benchmark shares: shapes, environment, timing, records."""
 
+import itertools
 import json
+import math
 import os
+import statistics
 import subprocess
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from tabulate import tabulate
 
-# Self-attention of published models: heads, tokens of the video (with text where it is joint), head dim.
+# Self-attention of published models: heads, tokens (video, and text where the site is joint), head dim, token grid.
+# Heads, head dims and patches are those of the models' configurations for diffusers; the clip is the pipeline's default
+# or the one named: Wan 81 frames, HunyuanVideo 129, CogVideoX 49, LTX-Video 704x512x161 (2B) and 121 frames of 720p
+# (13B), Allegro 88.
 PRESETS = {
     "wan2.1-1.3b-480p": {"heads": 12, "tokens": 32_760, "dim": 128, "grid": (21, 30, 52)},
     "wan2.1-1.3b-720p": {"heads": 12, "tokens": 75_600, "dim": 128, "grid": (21, 45, 80)},
     "wan2.1-14b-480p": {"heads": 40, "tokens": 32_760, "dim": 128, "grid": (21, 30, 52)},
     "wan2.1-14b-720p": {"heads": 40, "tokens": 75_600, "dim": 128, "grid": (21, 45, 80)},
-    "cogvideox-5b": {"heads": 48, "tokens": 17_550, "dim": 64, "grid": (13, 30, 45)},
+    "hunyuanvideo-720p": {"heads": 24, "tokens": 118_800 + 256, "dim": 128, "grid": (33, 45, 80)},
+    "cogvideox-5b": {"heads": 48, "tokens": 17_550 + 226, "dim": 64, "grid": (13, 30, 45)},
+    "ltx-2b": {"heads": 32, "tokens": 7_392, "dim": 64, "grid": (21, 16, 22)},
+    "ltx-13b-720p": {"heads": 32, "tokens": 14_080, "dim": 128, "grid": (16, 22, 40)},
+    "allegro-720p": {"heads": 24, "tokens": 79_200, "dim": 96, "grid": (22, 45, 80)},
 }
 
 
@@ -39,11 +51,47 @@ def environment() -> dict:
     }
 
 
-def median_ms(run, warmup: int = 50, rep: int = 300) -> float:
-    """Median milliseconds of ``run()`` by device events."""
-    from triton.testing import do_bench
+class Timing(NamedTuple):
+    """Milliseconds of one call: the median and the spread."""
 
-    return do_bench(run, warmup=warmup, rep=rep, return_mode="median")
+    median: float
+    p20: float
+    p80: float
+
+    def fields(self, name: str = "") -> dict[str, float]:
+        """As entries of a record: ``median_ms`` or, with a name, ``name_ms``; and ``p20_ms``, ``p80_ms`` likewise."""
+        prefix = f"{name}_" if name else ""
+        return {f"{name or 'median'}_ms": self.median, f"{prefix}p20_ms": self.p20, f"{prefix}p80_ms": self.p80}
+
+
+def measure(calls: Sequence[Callable[[], Any]], warmup_ms: float = 25, repeat_ms: float = 150) -> Timing:
+    """Time calls that do the same on different inputs, in turns, by device events; 5 to 1000 times in all.
+
+    Give as many as it takes for their inputs to pass the L2 cache (``sets_past_l2``): then each finds it cold.
+    """
+    for call in calls:  # whatever is compiled or allocated at the first call
+        call()
+    turns = itertools.cycle(calls)
+    once = _elapsed(turns, 1)[0]
+    _elapsed(turns, min(math.ceil(warmup_ms / once), 1000))
+    times = _elapsed(turns, min(max(round(repeat_ms / once), 5), 1000))
+    p20, _, _, p80 = statistics.quantiles(times, n=5, method="inclusive")
+    return Timing(statistics.median(times), p20, p80)
+
+
+def _elapsed(turns: Iterator[Callable[[], Any]], count: int) -> list[float]:
+    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
+    for start, end in events:
+        start.record()
+        next(turns)()
+        end.record()
+    torch.cuda.synchronize()
+    return [start.elapsed_time(end) for start, end in events]
+
+
+def sets_past_l2(bytes_of_one: int) -> int:
+    """How many sets of inputs of that size are twice the L2 cache."""
+    return math.ceil(2 * torch.cuda.get_device_properties().L2_cache_size / bytes_of_one)
 
 
 def save(records: list[dict], path: str | None) -> None:
