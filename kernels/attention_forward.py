@@ -27,7 +27,7 @@ from fg_inductor.kernels import column_lists, group_means
 from fg_inductor.kernels.mask import group_count
 from fg_inductor.kernels.reference import SUMMARY, normalise_key_bias
 
-LIST_BYTES = 1 << 30
+LIST_BYTES = 3 << 29
 LOG2_E = math.log2(math.e)
 
 
@@ -178,6 +178,13 @@ def configuration(dtype: torch.dtype, d: int, m: int) -> dict:
     return {"BLOCK_N": 64, "STAGES": 2, "num_warps": 2}
 
 
+def heads_at_once(mask: Tensor, keys: int, n: int, slices: int = 1) -> int:
+    """Heads whose lists, one for each tile of ``slices`` slices, fit LIST_BYTES; at least one."""
+    batch, heads, count, _ = mask.shape
+    one = 4 * batch * group_count(count, slices) * group_count(keys, n)
+    return max(1, min(heads, LIST_BYTES // one))
+
+
 def launch(
     q: Tensor,
     k: Tensor,
@@ -204,7 +211,7 @@ def launch(
         blocks = group_count(Sk, SUMMARY)
         tail_k, tail_v = (group_means.launch(x, SUMMARY, blocks, bias=bias) for x in (k, v))
     config = configuration(q.dtype, D, m) | {"WIDE": max(k.stride(2), v.stride(2)) * Sk >= 1 << 31} | override
-    heads = max(1, min(Hq, LIST_BYTES // (4 * B * T * G)))
+    heads = heads_at_once(mask, Sk, n)
     for first in range(0, Hq, heads):
         part = mask[:, first : first + heads]
         lists, kept, tail_bias = column_lists.launch(part, Sk, n, 1, tail == "pooled", bias)

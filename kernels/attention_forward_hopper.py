@@ -4,12 +4,13 @@
 
 q, out     [B, Hq, Sq, D]    k, v [B, Hkv, Sk, D]    bfloat16 or float16; any strides, contiguous last dimension
 lists      [B, H, X, G]      int32, ascending ids of the groups that a tile keeps (``column_lists``)
-work       [B * H * X, 2]    int32: the tiles in the order they are begun, and the kept keys of each (``work_order``)
+work       [B * H * X + 1, 2] int32: the tiles in the order they are begun, and the kept keys of each (``work_order``);
+                             the last row counts those that were drawn
 bias       [B, Sk]           float32, -inf where a key is masked, or None
 order      [Sq]              int32: row i of query order is token order[i]; out and lse are in token order; or None
 tail_k, v  [B, Hkv, J, D]    summaries of the 128-key blocks, tail_bias [B, H, T, J] (base 2; -inf: none dropped)
 lse        [B, Hq, Sq]       float32, natural log
-Grid       as many CTAs as the GPU holds at once; each takes every grid-th entry of ``work``
+Grid       as many CTAs as the GPU holds at once; each draws its next tile when it has room for it
 
 A CTA attends for one tile of queries at a time: CONSUMERS x 64 rows of query order, X tiles a head. One of its
 warpgroups, the producer, gathers the listed rows of K and V into swizzled shared memory (16-byte cp.async, STAGES tiles
@@ -41,10 +42,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from fg_inductor.kernels import column_lists, group_means, work_order
+from fg_inductor.kernels.attention_forward import heads_at_once
 from fg_inductor.kernels.mask import group_count
 from fg_inductor.kernels.reference import SUMMARY, normalise_key_bias
-
-LIST_BYTES = 3 << 29
 
 # Triton renamed it.
 copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -177,6 +177,13 @@ def _step(
 
 
 @gluon.jit
+def _drawn(place_buf, place_full, i):
+    """What the producer drew as the i-th tile of this CTA: its place in ``work``."""
+    mbarrier.wait(place_full, i & 1)
+    return gl.sum(place_buf.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+
+
+@gluon.jit
 def _consumer(
     wg: gl.constexpr, q_side, buffers, bars, tensors, sizes, out_strides, qk_scale,
     D: gl.constexpr, BLOCK_D: gl.constexpr, M: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr,
@@ -184,7 +191,7 @@ def _consumer(
     HAS_ORDER: gl.constexpr, TAIL: gl.constexpr, NEGATIVE: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup ``wg``: 64 queries of each tile, from the scores to out and lse."""
-    q_bufs, q_full, q_empty = q_side
+    q_bufs, q_full, q_empty, place_buf, place_full = q_side
     work_ptr, lists_ptr, bias_ptr, tail_bias_ptr, order_ptr, out_ptr, lse_ptr = tensors
     first_head, heads, Hq, Sq, T, X, G, J, ITEMS, stride_bb = sizes
     stride_ob, stride_oh, stride_os = out_strides
@@ -196,9 +203,9 @@ def _consumer(
     dtype: gl.constexpr = q_bufs.dtype
     q = q_bufs.index(wg)
     tile = 0
-    items = (ITEMS - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)
-    for i in range(items):
-        place = gl.program_id(0) + i * gl.num_programs(0)
+    i = 0
+    place = _drawn(place_buf, place_full, i)
+    while place < ITEMS:
         index, keys = _work(place, work_ptr)
         full, listed, total = _tiles(keys, J, BLOCK_N, TAIL, HAS_BIAS)
         entry_bias_ptr = bias_ptr
@@ -254,6 +261,8 @@ def _consumer(
         if HAS_ORDER:
             token = gl.load(order_ptr + row, mask=row < Sq, other=0)
         gl.store(lse_ptr + (b.to(gl.int64) * Hq + h) * Sq + token, lse, mask=row < Sq)
+        i += 1
+        place = _drawn(place_buf, place_full, i)
 
 
 @gluon.jit
@@ -332,7 +341,7 @@ def _producer(
     HAS_ORDER: gl.constexpr, TAIL: gl.constexpr, NEGATIVE: gl.constexpr,
 ):  # fmt: skip
     """The producer warpgroup: every copy into shared memory."""
-    q_bufs, q_full, q_empty = q_side
+    q_bufs, q_full, q_empty, place_buf, place_full = q_side
     work_ptr, lists_ptr, bias_ptr, order_ptr, tail_k_ptr, tail_v_ptr = tensors
     q_ptr, k_ptr, v_ptr = qkv
     first_head, heads, SHARE, Hkv, Sq, X, G, J, ITEMS = sizes
@@ -343,22 +352,23 @@ def _producer(
     k_full, k_empty, v_full, v_empty = bars
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [WARPS, 1], [1, 0])
     rows: gl.constexpr = gl.SliceLayout(1, layout)
-    items = (ITEMS - gl.program_id(0) + gl.num_programs(0) - 1) // gl.num_programs(0)
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     tile = 0
-    index, keys = _work(gl.program_id(0), work_ptr)
+    i = 0
+    place = gl.program_id(0)
+    index, keys = _work(place, work_ptr)
     entry = _entries(lists_ptr + index.to(gl.int64) * G, 0, keys, N, BLOCK_N, rows)
-    for i in range(items):
-        follower = gl.minimum(gl.program_id(0) + (i + 1) * gl.num_programs(0), ITEMS - 1)
-        next_index, next_keys = _work(follower, work_ptr)
+    while place < ITEMS:
         full, listed, total = _tiles(keys, J, BLOCK_N, TAIL, HAS_BIAS)
         h, b = first_head + index // X % heads, (index // X // heads).to(gl.int64)
         h_kv = (h // SHARE).to(gl.int64)
         k_base = k_ptr + b * stride_kb + h_kv * stride_kh
         v_base = v_ptr + b * stride_vb + h_kv * stride_vh
         list_ptr = lists_ptr + index.to(gl.int64) * G
-        next_list_ptr = lists_ptr + next_index.to(gl.int64) * G
 
         mbarrier.wait(q_empty, (i & 1) ^ 1)
+        place_buf.store(gl.full([1], place, gl.int32, one))
+        mbarrier.arrive(place_full, count=1)
         for wg in gl.static_range(CONSUMERS):
             row = index % X * (CONSUMERS * 64) + wg * 64 + gl.arange(0, 64, rows)
             inside = row < Sq
@@ -369,6 +379,10 @@ def _producer(
             _copy_rows(q_bufs.index(wg), base, token, stride_qs, inside, D, WIDE, True)
         async_copy.mbarrier_arrive(q_full, increment_count=False)
 
+        # The tile to come: drawn now, so that its list is at hand when the last keys of this one are under way.
+        place = gl.num_programs(0) + gl.atomic_add(work_ptr + 2 * ITEMS, 1, sem="relaxed")
+        next_index, next_keys = _work(gl.minimum(place, ITEMS - 1), work_ptr)
+        next_list_ptr = lists_ptr + next_index.to(gl.int64) * G
         entry_bias_ptr = bias_ptr
         if HAS_BIAS:
             entry_bias_ptr += b * stride_bb
@@ -399,6 +413,10 @@ def _producer(
                 async_copy.mbarrier_arrive(v_full.index(stage), increment_count=False)
                 tile += 1
         index, keys = next_index, next_keys
+        i += 1
+    mbarrier.wait(q_empty, (i & 1) ^ 1)
+    place_buf.store(gl.full([1], place, gl.int32, one))
+    mbarrier.arrive(place_full, count=1)
 
 
 @gluon.jit
@@ -432,6 +450,8 @@ def _attention_fwd(
     v_empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], barrier)
     q_full = gl.allocate_shared_memory(gl.int64, [1], barrier)
     q_empty = gl.allocate_shared_memory(gl.int64, [1], barrier)
+    place_full = gl.allocate_shared_memory(gl.int64, [1], barrier)
+    place_buf = gl.allocate_shared_memory(gl.int32, [1], plain)
     for stage in gl.static_range(STAGES):
         mbarrier.init(k_full.index(stage), count=PRODUCER_WARPS * 32)
         mbarrier.init(v_full.index(stage), count=PRODUCER_WARPS * 32)
@@ -439,8 +459,9 @@ def _attention_fwd(
         mbarrier.init(v_empty.index(stage), count=CONSUMERS)
     mbarrier.init(q_full, count=PRODUCER_WARPS * 32)
     mbarrier.init(q_empty, count=CONSUMERS)
+    mbarrier.init(place_full, count=1)
 
-    q_side = (q_bufs, q_full, q_empty)
+    q_side = (q_bufs, q_full, q_empty, place_buf, place_full)
     buffers = (k_bufs, v_bufs, bits_bufs)
     bars = (k_full, k_empty, v_full, v_empty)
     k_strides, v_strides = (stride_kb, stride_kh, stride_ks), (stride_vb, stride_vh, stride_vs)
@@ -502,6 +523,11 @@ def configuration(d: int, m: int) -> dict:
     return tile | {"PRODUCER_WARPS": 4, "CONSUMER_REGISTERS": 208, "PRODUCER_REGISTERS": 88, "maxnreg": 168}
 
 
+def slices_of_a_tile(d: int, m: int) -> int:
+    """Slices that share a list."""
+    return max(1, configuration(d, m)["CONSUMERS"] * 64 // m)
+
+
 def refusal(
     q: Tensor, k: Tensor, v: Tensor, mask: Tensor, key_bias: Tensor | None, order: Tensor | None, scale: float,
     m: int, n: int, tail: str,
@@ -552,12 +578,12 @@ def launch(
     sub = max(1, config["CONSUMERS"] * 64 // m)
     X = group_count(T, sub)
     ctas = torch.cuda.get_device_properties(q.device).multi_processor_count * (3 - config["CONSUMERS"])
-    heads = max(1, min(Hq, LIST_BYTES // (4 * B * X * G)))
+    heads = heads_at_once(mask, Sk, n, sub)
     for first in range(0, Hq, heads):
         part = mask[:, first : first + heads]
         lists, keys, tail_bias = column_lists.launch(part, Sk, n, sub, tail == "pooled", bias)
         work = work_order.launch(keys)
-        items = work.shape[0]
+        items = work.shape[0] - 1
         _attention_fwd[(min(ctas, items),)](
             q, k, v, out, lse,
             lists, work, bias, order, tail_k, tail_v, tail_bias,

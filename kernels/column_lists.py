@@ -88,10 +88,7 @@ def _column_lists(
     tl.store(list_ptr + place, entry, mask=(words & (1 << bit)) != 0)
 
     if chunk == tl.num_programs(1) - 1:
-        last = (tl.load(words_ptr + (G - 1) // 32) >> ((G - 1) % 32)) & 1
-        for s in tl.static_range(1, SUB):
-            word = tl.load(words_ptr + s * stride_mt + (G - 1) // 32, mask=slices > s, other=0)
-            last |= (word >> ((G - 1) % 32)) & 1
+        last = (_union(words_ptr, (G - 1) // 32, slices, stride_mt, W, SUB) >> ((G - 1) % 32)) & 1
         tl.store(keys_ptr + tile, kept * N - last * (G * N - Sk))  # the last group may be ragged
 
     if TAIL:
@@ -106,9 +103,13 @@ def _column_lists(
             shift = 0.0
             keys = tl.maximum(tl.minimum(Sk - group * N, N), 0).to(tl.float32)
         for s in tl.static_range(SUB):
-            inside = group // 32 < tl.where(slices > s, W, 0)
-            own = tl.load(words_ptr + s * stride_mt + group // 32, mask=inside, other=0)
-            dropped = held - tl.sum(tl.reshape(keys * ((own >> bit) & 1), [BLOCKS, SUMMARY // N]), 1)
+            if N == 1 and not HAS_BIAS:
+                own = tl.load(words_ptr + s * stride_mt + word, mask=word < tl.where(slices > s, W, 0), other=0)
+                dropped = held - tl.sum(tl.reshape(_popcount(own), [BLOCKS, SUMMARY // 32]), 1)
+            else:
+                inside = group // 32 < tl.where(slices > s, W, 0)
+                own = tl.load(words_ptr + s * stride_mt + group // 32, mask=inside, other=0)
+                dropped = held - tl.sum(tl.reshape(keys * ((own >> bit) & 1), [BLOCKS, SUMMARY // N]), 1)
             bias = tl.where(dropped > 0.5, tl.log2(tl.maximum(dropped, 1.0)) + shift, float("-inf"))
             place = tail_bias_ptr + (bh * T + x * SUB + s) * J + block
             tl.store(place, bias, mask=block < tl.where(slices > s, J, 0))

@@ -1,7 +1,8 @@
 """The order in which the slices of an attention call are begun (portable Triton).
 
-keys   [B, H, X]        int32, kept keys of each tile of queries (``column_lists``)
-work   [B * H * X, 2]   int32: index (b * H + h) * X + x of a tile, and its kept keys
+keys   [B, H, X]   int32, kept keys of each tile of queries (``column_lists``)
+work   [B * H * X + 1, 2]   int32: index (b * H + h) * X + x of a tile, and its kept keys; the last row holds a
+                 counter, 0, from which those who work draw their next place
 Grid   (ceil(X / BLOCK), B * H)
 
 Heads stay together, since the K and V of one head fit the L2 cache; the head that keeps most comes first, and in a head
@@ -46,12 +47,14 @@ def _work_order(keys_ptr, work_ptr, HEADS, X, BLOCK: tl.constexpr, BLOCK_H: tl.c
     place = work_ptr + 2 * (heads_before * X + before)
     tl.store(place, head * X + x, mask=x < X)
     tl.store(place + 1, keys, mask=x < X)
+    if (tl.program_id(0) == 0) & (head == 0):
+        tl.store(work_ptr + 2 * HEADS * X, 0)
 
 
 def launch(keys: Tensor) -> Tensor:
-    """int32 [B, H, X] -> int32 [B * H * X, 2]."""
+    """int32 [B, H, X] -> int32 [B * H * X + 1, 2]."""
     B, H, X = keys.shape
-    work = torch.empty(B * H * X, 2, dtype=torch.int32, device=keys.device)
+    work = torch.empty(B * H * X + 1, 2, dtype=torch.int32, device=keys.device)
     block_x = min(256, triton.next_power_of_2(X))
     _work_order[(triton.cdiv(X, BLOCK), B * H)](
         keys, work, B * H, X, BLOCK=BLOCK, BLOCK_H=min(16, triton.next_power_of_2(B * H)), BLOCK_X=block_x, num_warps=4

@@ -194,7 +194,9 @@ def _phases(inputs: Inputs, call: tuple, kernel: str, attention_ms: float, densi
     mask, bias, order, scale, m, n, tail, min_seq = call
     choose = (bias, order, scale, m, n, 16, 0.9, density, 1.0, [], [], min_seq)
     found = {
-        "lists_ms": _lists_ms(mask, inputs[0][1].shape[2], n),
+        "lists_ms": _lists_ms(
+            mask, inputs[0][1].shape[2], inputs[0][0].shape[3], m, n, ops.attention_kernel(*inputs[0], *call, kernel)
+        ),
         "select_ms": _in_turns(inputs, lambda q, k, v: ops.select_pooled(q, k, *choose)).median,
     }
     if tail != "none":
@@ -207,16 +209,29 @@ def _phases(inputs: Inputs, call: tuple, kernel: str, attention_ms: float, densi
     return found | {"together_ms": _in_turns(inputs, together).median}
 
 
-def _lists_ms(mask: Tensor, keys: int, n: int) -> float | None:
-    """Column lists of as many heads at once as the portable kernel makes; None on CPU, where there are none."""
+def _lists_ms(mask: Tensor, keys: int, dim: int, m: int, n: int, kernel: str) -> float | None:
+    """Column lists, and for "hopper" the order of work, as the kernel makes them; None on CPU, where there are none."""
     if mask.device.type == "cpu":
         return None
-    from fg_inductor.kernels import attention_forward, column_lists
+    from fg_inductor.kernels import column_lists, work_order
 
-    batch, heads, slices, _ = mask.shape
-    groups = group_count(keys, n)
-    parts = mask.split(max(1, min(heads, attention_forward.LIST_BYTES // (4 * batch * slices * groups))), 1)
-    return measure([lambda: [column_lists.launch(part, groups, n) for part in parts]]).median
+    slices = 1
+    if kernel == "hopper":
+        from fg_inductor.kernels import attention_forward_hopper as schedule
+
+        slices = schedule.slices_of_a_tile(dim, m)
+    else:
+        from fg_inductor.kernels import attention_forward as schedule
+
+    parts = mask.split(schedule.heads_at_once(mask, keys, n, slices), 1)
+
+    def make():
+        for part in parts:
+            _, kept, _ = column_lists.launch(part, keys, n, slices)
+            if kernel == "hopper":
+                work_order.launch(kept)
+
+    return measure([make]).median
 
 
 def error(out, q, k, v, mask, key_bias, order, scale, m, n, tail, slices=(0, -1)) -> float:
