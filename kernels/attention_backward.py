@@ -1,18 +1,21 @@
 """Backward of attention: what both schedules need, the choice between them, and the final rounding (portable Triton).
 
-    delta[i] = dout[i] . out[i]
+    statistics[i] = lse[i] in base 2, delta[i] = dout[i] . out[i]
     dk[j]    = scale * (dk_sum[j] + dtail_k[block of j] / keys of the block)         without ``scale`` for dv
 
-out, dout          [B, Hq, Sq, D]    any strides, contiguous last dimension; delta [B, Hq, Sq] float32
+out, dout          [B, Hq, Sq, D]    any strides, contiguous last dimension
+lse                [B, Hq, Sq]       float32, natural log; statistics [B, Hq, Sq, 2] float32
 dk_sum, dv_sum     [B, Hkv, Sk, D]   float32, contiguous; dtail_k, dtail_v [B, Hkv, J, D]: of the summaries of 128 keys
 dq, dk, dv         as q, k, v, in BSHD storage
-Grid               _delta: (ceil(Sq / BLOCK), B * Hq)      _finish: (ceil(Sk / BLOCK), B * Hkv)
+Grid               _statistics: (ceil(Sq / BLOCK), B * Hq)      _finish: (ceil(Sk / BLOCK), B * Hkv)
 
 By slices, one kernel does five products a tile and adds dk and dv by atomics; by keys, two kernels do seven products
 and no atomics. By keys is the schedule of ``torch.use_deterministic_algorithms(True)``, and of groups as long as its
 tiles. A summary is a mean, so its gradient belongs in equal parts to the keys that it was taken over. The mask is not
 differentiated. Meaning: ``reference.attention_backward``. Numbers: ``python -m fg_inductor bench training``.
 """
+
+from collections.abc import Sequence
 
 import torch
 import triton
@@ -29,13 +32,14 @@ BLOCK = 64
 
 
 @triton.jit
-def _delta(
-    dout_ptr, out_ptr, delta_ptr,
+def _statistics(
+    dout_ptr, out_ptr, lse_ptr, statistics_ptr,
     stride_gb, stride_gh, stride_gs,
     stride_ob, stride_oh, stride_os,
     H, S,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    LOG2_E: tl.constexpr = 1.4426950408889634
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
     row = (tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)).to(tl.int64)
@@ -44,7 +48,9 @@ def _delta(
     dout = tl.load(dout_ptr + b * stride_gb + h * stride_gh + row[:, None] * stride_gs + offs_d, mask=inside, other=0.0)
     out = tl.load(out_ptr + b * stride_ob + h * stride_oh + row[:, None] * stride_os + offs_d, mask=inside, other=0.0)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
-    tl.store(delta_ptr + bh * S + row, delta, mask=row < S)
+    lse = tl.load(lse_ptr + bh * S + row, mask=row < S, other=0.0) * LOG2_E
+    pair = statistics_ptr + (bh * S + row)[:, None] * 2 + tl.arange(0, 2)[None, :]
+    tl.store(pair, tl.join(lse, delta), mask=(row < S)[:, None])
 
 
 @triton.jit
@@ -97,13 +103,13 @@ def launch(
     m: int,
     n: int,
     tail: str,
-    wanted: list[bool] = (True, True, True),
+    wanted: Sequence[bool] = (True, True, True),
     *,
     split: bool | None = None,
     slices: dict | None = None,
     keys: dict | None = None,
-) -> list[Tensor | None]:
-    """dq, dk, dv, None where not ``wanted``; other arguments as in ``kernels.ops``.
+) -> tuple[Tensor, ...]:
+    """dq, dk, dv in BSHD storage, an empty tensor where not ``wanted``; other arguments as in ``kernels.ops``.
 
     ``split`` forces a schedule (True: by keys), ``slices`` and ``keys`` replace entries of the schedules' tables.
     """
@@ -116,17 +122,17 @@ def launch(
     keys = keys_schedule.configuration(q.dtype, D, m) | (keys or {})
     split = by_keys(n, keys["BLOCK_N"]) if split is None else split
 
-    delta = torch.empty(B, Hq, Sq, dtype=torch.float32, device=q.device)
-    _delta[(triton.cdiv(Sq, BLOCK), B * Hq)](
-        dout, out, delta, *dout.stride()[:3], *out.stride()[:3], Hq, Sq, **shape, BLOCK=BLOCK, num_warps=4
+    statistics = torch.empty(B, Hq, Sq, 2, dtype=torch.float32, device=q.device)
+    _statistics[(triton.cdiv(Sq, BLOCK), B * Hq)](
+        dout, out, lse, statistics, *dout.stride()[:3], *out.stride()[:3], Hq, Sq, **shape, BLOCK=BLOCK, num_warps=4
     )  # fmt: skip
     bias = normalise_key_bias(key_bias, torch.float32)
-    statistics = tail_k = tail_v = block_keys = None
+    counts_of_blocks = tail_k = tail_v = block_keys = None
     blocks = 0
     if tail == "pooled":
         blocks = group_count(Sk, SUMMARY)
-        statistics = column_lists.tail_statistics(bias, Sk, n, lse[:, 0])
-        block_keys = statistics[1]
+        counts_of_blocks = column_lists.tail_statistics(bias, Sk, n, lse[:, 0])
+        block_keys = counts_of_blocks[1]
         tail_k, tail_v = (group_means.launch(x, SUMMARY, blocks, bias=bias) for x in (k, v))
     allocate = torch.empty if split else torch.zeros
     dk_sum, dv_sum = (
@@ -146,10 +152,10 @@ def launch(
     for first in range(0, Hq, chunk):
         part = mask[:, first : first + chunk]
         heads = part.shape[1]
-        lists, counts, tail_bias = column_lists.launch(part, G, n, statistics)
+        lists, counts, tail_bias = column_lists.launch(part, G, n, counts_of_blocks)
         if want_q or not split:
-            slices_schedule._attention_bwd_slices[(T, heads, B)](
-                q, k, v, dout, lse, delta,
+            slices_schedule._attention_bwd_slices[(T * m // slices["BLOCK_M"], heads, B)](
+                q, k, v, dout, statistics,
                 lists, counts, bias, order, tail_k, tail_v, tail_bias,
                 dq, dk_sum, dv_sum, dtail_k, dtail_v,
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3],
@@ -166,7 +172,7 @@ def launch(
                 x, y, length = (tail_k, tail_v, blocks) if summaries else (k, v, Sk)
                 sums = (dtail_k, dtail_v) if summaries else (dk_sum, dv_sum)
                 keys_schedule._attention_bwd_keys[(triton.cdiv(length, keys["BLOCK_N"]), heads // share, B)](
-                    q, x, y, dout, lse, delta,
+                    q, x, y, dout, statistics,
                     part, lists, counts, None if summaries else bias, order, tail_bias, *sums,
                     *q.stride()[:3], *x.stride()[:3], *y.stride()[:3], *dout.stride()[:3], *part.stride()[:3],
                     bias_stride,
@@ -176,7 +182,7 @@ def launch(
                     **shape, **flags, **keys,
                 )  # fmt: skip
 
-    grads = [dq, None, None]
+    grads = [dq if want_q else q.new_empty(0), k.new_empty(0), v.new_empty(0)]
     for i, x, total, of_tail, factor in ((1, k, dk_sum, dtail_k, scale), (2, v, dv_sum, dtail_v, 1.0)):
         if total is not None:
             grads[i] = _empty_grad(x)
@@ -187,4 +193,4 @@ def launch(
                 **shape, BLOCK=BLOCK, SUMMARY=SUMMARY, TAIL=tail == "pooled", HAS_BIAS=bias is not None,
                 num_warps=4,
             )  # fmt: skip
-    return grads
+    return tuple(grads)

@@ -54,7 +54,7 @@ def _transpose(
 
 @triton.jit
 def _attention_bwd_keys(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, statistics_ptr,
     mask_ptr, lists_ptr, counts_ptr, bias_ptr, order_ptr, tail_bias_ptr, dk_sum_ptr, dv_sum_ptr,
     stride_qb, stride_qh, stride_qs,
     stride_kb, stride_kh, stride_ks,
@@ -96,7 +96,7 @@ def _attention_bwd_keys(
         row_index = (b * heads + first + member) * tl.num_programs(0) + j  # of lists and counts
         q_head = q_ptr + b * stride_qb + h.to(tl.int64) * stride_qh
         dout_head = dout_ptr + b * stride_ob + h.to(tl.int64) * stride_oh
-        statistics = (b * Hq + h) * Sq
+        statistics = statistics_ptr + (b * Hq + h) * Sq * 2
         slices = T
         if not SUMMARIES:
             slices = tl.load(counts_ptr + row_index)
@@ -107,8 +107,10 @@ def _attention_bwd_keys(
             token, inside = _tokens(order_ptr, t * M + place % PARTS * BLOCK_M, Sq, BLOCK_M, HAS_ORDER)
             q = _load_rows(q_head, token, stride_qs, inside, D, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
             dout = _load_rows(dout_head, token, stride_os, inside, D, BLOCK_D, True)
-            lse = tl.load(lse_ptr + statistics + token, mask=inside, other=float("inf")) * LOG2_E
-            delta = tl.load(delta_ptr + statistics + token, mask=inside, other=0.0)
+            # As two loads of a vector each they would be copied once for each lane that needs them.
+            pair = statistics + token[:, None] * 2 + tl.arange(0, 2)[None, :]
+            lse, delta = tl.split(tl.load(pair, mask=inside[:, None], other=0.0))
+            lse = tl.where(inside, lse, float("inf"))  # rows past the end have weight 0
             s = tl.dot(k, tl.trans(q), input_precision=PRECISION)  # [BLOCK_N, BLOCK_M]
             dp = tl.dot(v, tl.trans(dout), input_precision=PRECISION)
             keep = exists

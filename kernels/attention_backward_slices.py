@@ -6,9 +6,9 @@
 
 q, dout, dq        [B, Hq, Sq, D]    k, v [B, Hkv, Sk, D]   any strides, contiguous last dimension
 lists, counts      as in ``attention_forward``; bias, order, tail_k, tail_v, tail_bias too
-lse, delta         [B, Hq, Sq]       float32, contiguous, lse natural log
+statistics         [B, Hq, Sq, 2]    float32, contiguous: lse in base 2, delta
 dk_sum, dv_sum     [B, Hkv, Sk, D]   float32, contiguous, zeroed by the caller; dtail_k, dtail_v [B, Hkv, J, D]
-Grid               (T, heads of a chunk, B)
+Grid               (T * M / BLOCK_M, heads of a chunk, B)
 
 dq stays in registers while a program walks its slice's list. What a tile of keys receives is added to the sums by
 float32 atomics, whose order is not fixed: results differ in their last bits from run to run. PAIRS adds two columns at
@@ -61,14 +61,14 @@ def _tile(
     D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     WANT_Q: tl.constexpr, WANT_K: tl.constexpr, WANT_V: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """dq [M, BLOCK_D] with what one tile of keys adds; the tile's dk and dv go to memory. lse, shift in base 2."""
+    """dq [BLOCK_M, BLOCK_D] with what one tile of keys adds; the tile's dk and dv go to memory. lse, shift in base 2."""
     row = key
     if WIDE:  # a key's offset may exceed 2**31 elements
         row = key.to(tl.int64)
     k = _load_rows(k_ptr, row, stride_ks, used, D, BLOCK_D, MASKED)
     v = _load_rows(v_ptr, row, stride_vs, used, D, BLOCK_D, MASKED)
     # Products stand before what waits for earlier ones: the tensor cores then run beside exp2 and the atomics.
-    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [M, BLOCK_N]
+    s = tl.dot(q, tl.trans(k), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
     dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
     if MASKED:
         p = tl.where(used[None, :], tl.exp2(s * qk_scale + shift[None, :] - lse[:, None]), 0.0)
@@ -91,7 +91,7 @@ def _tile(
 
 @triton.jit
 def _attention_bwd_slices(
-    q_ptr, k_ptr, v_ptr, dout_ptr, lse_ptr, delta_ptr,
+    q_ptr, k_ptr, v_ptr, dout_ptr, statistics_ptr,
     lists_ptr, counts_ptr, bias_ptr, order_ptr, tail_k_ptr, tail_v_ptr, tail_bias_ptr,
     dq_ptr, dk_sum_ptr, dv_sum_ptr, dtail_k_ptr, dtail_v_ptr,
     stride_qb, stride_qh, stride_qs,
@@ -101,28 +101,29 @@ def _attention_bwd_slices(
     stride_gb, stride_gh, stride_gs,
     stride_bb,
     first_head, Hq, SHARE, Sq, Sk, T, G, J, scale, qk_scale,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_N: tl.constexpr,
-    HAS_BIAS: tl.constexpr, HAS_ORDER: tl.constexpr, TAIL: tl.constexpr, WIDE: tl.constexpr,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ORDER: tl.constexpr, TAIL: tl.constexpr, WIDE: tl.constexpr,
     WANT_Q: tl.constexpr, WANT_K: tl.constexpr, WANT_V: tl.constexpr,
     PRECISION: tl.constexpr, STAGES: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
     LOG2_E: tl.constexpr = 1.4426950408889634
-    t = tl.program_id(0)
+    PARTS: tl.constexpr = M // BLOCK_M
+    t = tl.program_id(0) // PARTS
+    first = t * M + tl.program_id(0) % PARTS * BLOCK_M
     h = first_head + tl.program_id(1)
     b = tl.program_id(2).to(tl.int64)
     h_kv = (h // SHARE).to(tl.int64)
     slice_index = (b * tl.num_programs(1) + tl.program_id(1)) * T + t
 
-    token, inside = _tokens(order_ptr, t * M, Sq, M, HAS_ORDER)
+    token, inside = _tokens(order_ptr, first, Sq, BLOCK_M, HAS_ORDER)
     offs_n = tl.arange(0, BLOCK_N)
     q_ptr += b * stride_qb + h.to(tl.int64) * stride_qh
     dout_ptr += b * stride_ob + h.to(tl.int64) * stride_oh
-    q = _load_rows(q_ptr, token, stride_qs, inside, D, BLOCK_D, True)  # [M, BLOCK_D]
+    q = _load_rows(q_ptr, token, stride_qs, inside, D, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
     dout = _load_rows(dout_ptr, token, stride_os, inside, D, BLOCK_D, True)
-    statistic = (b * Hq + h) * Sq + token
-    # Rows past the end have weight 0 everywhere.
-    lse = tl.load(lse_ptr + statistic, mask=inside, other=float("inf")) * LOG2_E
-    delta = tl.load(delta_ptr + statistic, mask=inside, other=0.0)
+    pair = statistics_ptr + ((b * Hq + h) * Sq + token)[:, None] * 2 + tl.arange(0, 2)[None, :]
+    lse, delta = tl.split(tl.load(pair, mask=inside[:, None], other=0.0))
+    lse = tl.where(inside, lse, float("inf"))  # rows past the end have weight 0
     head = b * (Hq // SHARE) + h_kv
     k_ptr += b * stride_kb + h_kv * stride_kh
     v_ptr += b * stride_vb + h_kv * stride_vh
@@ -143,7 +144,7 @@ def _attention_bwd_slices(
         keys -= tl.where(count > 0, G * N - Sk, 0)  # the last group may be ragged
     full = keys // BLOCK_N * BLOCK_N
 
-    dq = tl.zeros([M, BLOCK_D], tl.float32)
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     shift = tl.zeros([BLOCK_N], tl.float32)
     used = offs_n >= 0
 
@@ -195,16 +196,16 @@ def _attention_bwd_slices(
         # The tokens are looked up again, from a number that the compiler can't know to be 0: kept alive over the loop
         # they would cost registers that it does not have.
         zero = tl.load(counts_ptr + slice_index, volatile=True) - count
-        token, inside = _tokens(order_ptr, t * M + zero, Sq, M, HAS_ORDER)
+        token, inside = _tokens(order_ptr, first + zero, Sq, BLOCK_M, HAS_ORDER)
         offs_d = tl.arange(0, BLOCK_D)
         dq_ptrs = dq_ptr + b * stride_gb + h.to(tl.int64) * stride_gh + token[:, None] * stride_gs + offs_d[None, :]
         tl.store(dq_ptrs, (dq * scale).to(dq_ptr.dtype.element_ty), mask=inside[:, None] & (offs_d < D)[None, :])
 
 
 def configuration(dtype: torch.dtype, d: int, m: int) -> dict:
-    """BLOCK_N, STAGES and num_warps: a fixed table; nothing is autotuned inside an operator."""
+    """BLOCK_M, BLOCK_N, STAGES and num_warps: a fixed table; nothing is autotuned inside an operator."""
     if dtype == torch.float32:
-        return {"BLOCK_N": 32, "STAGES": 1, "num_warps": 8 if m == 128 else 4}
+        return {"BLOCK_M": min(m, 64), "BLOCK_N": 32, "STAGES": 1, "num_warps": 8}
     if d > 128:
-        return {"BLOCK_N": 32, "STAGES": 1, "num_warps": 8}
-    return {"BLOCK_N": 64, "STAGES": 2, "num_warps": 8 if m >= 64 else 4}
+        return {"BLOCK_M": min(m, 64), "BLOCK_N": 64, "STAGES": 1, "num_warps": 8}
+    return {"BLOCK_M": m, "BLOCK_N": 64, "STAGES": 2, "num_warps": 8}
