@@ -26,7 +26,7 @@ from fg_inductor.kernels import attention_backward_keys as keys_schedule
 from fg_inductor.kernels import attention_backward_slices as slices_schedule
 from fg_inductor.kernels import attention_forward, column_lists, group_means
 from fg_inductor.kernels.mask import group_count
-from fg_inductor.kernels.reference import SUMMARY, group_statistics, normalise_key_bias
+from fg_inductor.kernels.reference import SUMMARY, normalise_key_bias
 
 BLOCK = 64
 
@@ -118,9 +118,12 @@ def launch(
     share = Hq // Hkv
     want_q, want_k, want_v = wanted
     shape = dict(D=D, BLOCK_D=triton.next_power_of_2(D))
-    slices = slices_schedule.configuration(q.dtype, D, m) | (slices or {})
     keys = keys_schedule.configuration(q.dtype, D, m) | (keys or {})
     split = by_keys(n, keys["BLOCK_N"]) if split is None else split
+    wide = max(k.stride(2), v.stride(2)) * Sk >= 1 << 31
+    pairs = q.dtype != torch.float32 and not triton.knobs.runtime.interpret
+    table = slices_schedule.configuration(q.dtype, D, m, sums=not split) | {"PAIRS": pairs, "WIDE": wide}
+    slices = table | (slices or {})
 
     statistics = torch.empty(B, Hq, Sq, 2, dtype=torch.float32, device=q.device)
     _statistics[(triton.cdiv(Sq, BLOCK), B * Hq)](
@@ -145,8 +148,6 @@ def launch(
     dq = _empty_grad(q) if want_q else None
 
     flags = dict(HAS_ORDER=order is not None, PRECISION="ieee" if q.dtype == torch.float32 else "tf32")
-    wide = max(k.stride(2), v.stride(2)) * Sk >= 1 << 31
-    pairs = q.dtype != torch.float32 and not triton.knobs.runtime.interpret
     bias_stride = 0 if bias is None else bias.stride(0)
     chunk = max(1, attention_forward.LIST_BYTES // (4 * B * T * G * share)) * share  # all heads of a KV head together
     for first in range(0, Hq, chunk):
@@ -161,9 +162,9 @@ def launch(
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3],
                 *(dq.stride()[:3] if want_q else (0, 0, 0)), bias_stride,
                 first, Hq, share, Sq, Sk, T, G, blocks, scale, scale * attention_forward.LOG2_E,
-                M=m, N=n, HAS_BIAS=bias is not None, TAIL=tail == "pooled", WIDE=wide,
+                M=m, N=n, HAS_BIAS=bias is not None, TAIL=tail == "pooled",
                 WANT_Q=want_q, WANT_K=want_k and not split, WANT_V=want_v and not split,
-                **shape, **flags, **({"PAIRS": pairs} | slices),
+                **shape, **flags, **slices,
             )  # fmt: skip
         if split and (want_k or want_v):
             del lists

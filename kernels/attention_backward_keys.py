@@ -1,6 +1,6 @@
 """Gradients of attention with respect to k and v, one program a tile of keys, without atomics (portable Triton).
 
-    dv_sum[j] = sum_i p[i, j] * dout[i]       dk_sum[j] = sum_i ds[i, j] * q[i]        over the queries i that keep key j
+    dv_sum[j] = sum_i p[i, j] * dout[i]      dk_sum[j] = sum_i ds[i, j] * q[i]      over the queries i that keep key j
 
 p, ds, and the tensors as in ``attention_backward_slices``; scores are held keys x queries here.
 tiles       [B, H, ceil(Sk / BLOCK_N), W]   int32: bit t of row j: slice t keeps a key of tile j (``_transpose``)

@@ -2,7 +2,7 @@
 
     p[i, j]  = exp(scale * q[i] . k[j] + bias[j] - lse[i])              for the kept keys j of the slice of query i
     ds[i, j] = p[i, j] * (dout[i] . v[j] - delta[i])                    delta[i] = dout[i] . out[i]
-    dv_sum[j] += sum_i p[i, j] * dout[i]     dk_sum[j] += sum_i ds[i, j] * q[i]     dq[i] = scale * sum_j ds[i, j] * k[j]
+    dv_sum[j] += sum_i p[i, j] * dout[i]    dk_sum[j] += sum_i ds[i, j] * q[i]    dq[i] = scale * sum_j ds[i, j] * k[j]
 
 q, dout, dq        [B, Hq, Sq, D]    k, v [B, Hkv, Sk, D]   any strides, contiguous last dimension
 lists, counts      as in ``attention_forward``; bias, order, tail_k, tail_v, tail_bias too
@@ -61,7 +61,7 @@ def _tile(
     D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
     WANT_Q: tl.constexpr, WANT_K: tl.constexpr, WANT_V: tl.constexpr, PAIRS: tl.constexpr,
 ):  # fmt: skip
-    """dq [BLOCK_M, BLOCK_D] with what one tile of keys adds; the tile's dk and dv go to memory. lse, shift in base 2."""
+    """dq [BLOCK_M, BLOCK_D] with what one tile of keys adds; its dk and dv go to memory. lse, shift in base 2."""
     row = key
     if WIDE:  # a key's offset may exceed 2**31 elements
         row = key.to(tl.int64)
@@ -202,10 +202,15 @@ def _attention_bwd_slices(
         tl.store(dq_ptrs, (dq * scale).to(dq_ptr.dtype.element_ty), mask=inside[:, None] & (offs_d < D)[None, :])
 
 
-def configuration(dtype: torch.dtype, d: int, m: int) -> dict:
-    """BLOCK_M, BLOCK_N, STAGES and num_warps: a fixed table; nothing is autotuned inside an operator."""
+def configuration(dtype: torch.dtype, d: int, m: int, sums: bool) -> dict:
+    """BLOCK_M, BLOCK_N, STAGES and num_warps: a fixed table; nothing is autotuned inside an operator.
+
+    sums: dk and dv are made too, not dq alone. Then a slice cut in two would add its sums twice as often.
+    """
     if dtype == torch.float32:
         return {"BLOCK_M": min(m, 64), "BLOCK_N": 32, "STAGES": 1, "num_warps": 8}
     if d > 128:
         return {"BLOCK_M": min(m, 64), "BLOCK_N": 64, "STAGES": 1, "num_warps": 8}
+    if not sums:
+        return {"BLOCK_M": min(m, 64), "BLOCK_N": 64, "STAGES": 2, "num_warps": 4}
     return {"BLOCK_M": m, "BLOCK_N": 64, "STAGES": 2, "num_warps": 8}
