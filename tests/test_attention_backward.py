@@ -13,6 +13,7 @@ from fg_inductor.testing import (
     Case,
     assert_as_accurate,
     assert_l2_as_accurate,
+    exact_attention,
     make_groups,
     make_key_bias,
     make_qkv,
@@ -30,11 +31,11 @@ schedules = pytest.mark.parametrize("split", SCHEDULES.values(), ids=SCHEDULES)
 
 
 def launch(arguments: tuple, dout: torch.Tensor, m: int, **options):
-    """Forward and backward. The interpreter takes its time by the operation: larger tiles than the table's."""
+    """The backward kernels behind the operator's forward. The interpreter likes larger tiles than the table's."""
     if not CUDA:
         options["slices"] = {"BLOCK_M": m, "BLOCK_N": 64} | options.get("slices", {})
         options["keys"] = {"BLOCK_M": m, "BLOCK_N": 64} | options.get("keys", {})
-    out, lse = attention_forward.launch(*arguments)
+    out, lse = ops.attention(*arguments, 0)
     return attention_backward.launch(dout, *arguments[:3], out, lse, *arguments[3:], **options)
 
 
@@ -46,23 +47,35 @@ def problem(case: Case, dtype: torch.dtype, device: str) -> tuple[tuple, torch.T
 
 
 def check(case: Case, dtype: torch.dtype, device: str, **options) -> None:
-    if dtype == torch.float32 and case.spread > 4:
-        # A score of 400 is off by 1e-5 in float32, and its weight too where forward summed the score in another order.
-        case = replace(case, spread=4.0)
     arguments, dout = problem(case, dtype, device)
     exact, plain = reference_gradients(arguments, dout)
+    compare = assert_as_accurate
+    if dtype == torch.float32:
+        # An element's error is a sum of many roundings, and the largest of a few thousand is noise. A weight
+        # exp(score - lse) inherits the rounding of score and lse, which SDPA on CPU avoids: it subtracts the maximum.
+        compare = assert_l2_as_accurate
+        rounding = torch.finfo(dtype).eps / 2 * exact_attention(arguments)[1].nan_to_num(0, 0, 0).abs().max()
+        plain = [x + rounding * y for x, y in zip(plain, exact, strict=True)]
     actual = launch(arguments, dout, case.m, **options)
-    # In float32 an element's error is a sum of many roundings, and the largest of a few thousand is noise.
-    compare = assert_l2_as_accurate if dtype == torch.float32 else assert_as_accurate
     for name, *triple in zip(("dq", "dk", "dv"), actual, plain, exact, strict=True):
         assert triple[0].dtype == dtype and triple[0].transpose(1, 2).is_contiguous()
         compare(*triple, name)
+
+
+# The interpreter is slow: by keys it sees only the rows that this schedule treats in its own way.
+KEYS_ON_CPU = (
+    "m128-n1-words", "m16-n128", "m64-n64", "m64-n8", "fewer-keys-than-group", "one-row-slice", "mqa-3-1-batch-2",
+    "dim-96", "empty-slices", "nothing-kept", "peaked", "bias-padding-n128", "bias-float", "bias-entry",
+    "ordered-batch-2", "tail-blocks", "tail-only", "tail-full", "tail-padding", "tail-float-gqa",
+)  # fmt: skip
 
 
 @schedules
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_cases(case, dtype, split, device, poison):
+    if split and not CUDA and case.id not in KEYS_ON_CPU:
+        pytest.skip("by slices in the interpreter, by both schedules on a GPU")
     check(case, dtype, device, split=split)
 
 
@@ -94,7 +107,7 @@ def test_parts_of_a_slice(block_m, pairs, device, poison):
 
 
 @schedules
-@pytest.mark.parametrize("case", [BY_ID[i] for i in ("ordered-batch-2", "tail-float-gqa")], ids=str)
+@pytest.mark.parametrize("case", [replace(BY_ID["tail-float-gqa"], ordered=True, queries=70, m=32)], ids=str)
 def test_heads_in_chunks(case, split, device, poison, monkeypatch):
     """A workspace for the heads of one KV head at a time must not change what a head reads or writes."""
     monkeypatch.setattr(attention_forward, "LIST_BYTES", 1)
@@ -106,13 +119,12 @@ def test_offsets_beyond_32_bits(device, poison):
 
 
 @schedules
-@pytest.mark.parametrize("tail", ["none", "pooled"])
-def test_only_wanted(tail, split, device, poison):
+def test_only_wanted(split, device, poison):
     """What else is wanted does not change a gradient, and what is not wanted is empty."""
-    case = Case("wanted", m=16, n=8, queries=40, keys=140, heads=4, kv_heads=2, bias="padding", tail=tail)
+    case = Case("wanted", m=16, n=8, queries=20, keys=140, kv_heads=1, bias="padding", tail="pooled")
     arguments, dout = problem(case, torch.float32, device)
     everything = launch(arguments, dout, case.m, split=split)
-    for wanted in ((1, 0, 0), (0, 1, 0), (0, 0, 1), (0, 1, 1)):
+    for wanted in ((1, 0, 0), (0, 1, 0), (0, 0, 1)):
         some = launch(arguments, dout, case.m, split=split, wanted=wanted)
         for x, full, want in zip(some, everything, wanted, strict=True):
             # The order of atomics is not fixed, so bits may differ on a GPU.
@@ -142,9 +154,12 @@ def test_deterministic_algorithms_repeat_their_bits(tail, device):
         assert all(map(torch.equal, first, other))
 
 
+MASKED = ("bias-padding-n128", "tail-padding")
+
+
 @schedules
 @pytest.mark.parametrize("where", ["k", "v"])
-@pytest.mark.parametrize("case", [BY_ID[i] for i in ("bias-padding", "tail-padding")], ids=str)
+@pytest.mark.parametrize("case", [replace(BY_ID[i], heads=1, kv_heads=1) for i in MASKED], ids=MASKED)
 def test_masked_keys_have_no_say(case, where, split, device, poison):
     """Padding may hold NaN, also where it shares a kept group with visible keys; its own gradient is 0."""
     arguments, dout = problem(case, torch.float32, device)
@@ -157,6 +172,16 @@ def test_masked_keys_have_no_say(case, where, split, device, poison):
         torch.testing.assert_close(x, y, rtol=1e-5, atol=1e-5)
     for x in actual[1:]:
         assert (x.transpose(1, 2)[masked] == 0).all()
+
+
+@schedules
+def test_large_bias(split, device, poison):
+    """A bias common to all keys changes nothing: rows past the end, whose weight would overflow, do not enter."""
+    arguments, dout = problem(BY_ID["bias-float"], torch.float32, device)
+    expected = launch(arguments, dout, 64, split=split)
+    actual = launch((*arguments[:4], arguments[4] + 200, *arguments[5:]), dout, 64, split=split)
+    for x, y in zip(actual, expected, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-3, atol=1e-3)
 
 
 @schedules
@@ -204,10 +229,10 @@ def test_lists_of_slices(n, block_n, device, poison):
 
 @pytest.mark.parametrize("tail", ["none", "pooled"])
 def test_gradcheck(tail):
-    case = Case("tiny", m=16, n=8, heads=2, kv_heads=1, queries=18, keys=20, dim=3, ordered=True, tail=tail)
+    case = Case("tiny", m=16, n=8, heads=2, kv_heads=1, queries=18, keys=140, dim=3, ordered=True, tail=tail)
     q, k, v, *rest = reference_result(case, torch.float64).arguments
     leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-    torch.autograd.gradcheck(lambda *qkv: ops.attention(*qkv, *rest, 0)[0], leaves)
+    torch.autograd.gradcheck(lambda *qkv: ops.attention(*qkv, *rest, 0)[0], leaves, fast_mode=True)
 
 
 def test_only_the_mask_is_not_differentiated():

@@ -18,7 +18,15 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fg_inductor.bench.common import save, show
-from fg_inductor.kernels import attention_forward, column_lists, group_means, select_pooled, work_order
+from fg_inductor.kernels import (
+    attention_backward_keys,
+    attention_backward_slices,
+    attention_forward,
+    column_lists,
+    group_means,
+    select_pooled,
+    work_order,
+)
 
 COLUMNS = ["kernel", "variant", "registers", "stack", "shared", "HGMMA", "HMMA", "copies", "spill loads"]
 POINTERS = {
@@ -26,8 +34,10 @@ POINTERS = {
     "lse_ptr": "*fp32", "bias_ptr": "*fp32", "score_ptr": "*fp32", "tail_bias_ptr": "*fp32",
     "group_keys_ptr": "*fp32", "block_keys_ptr": "*fp32", "block_bias_ptr": "*fp32",
     "forced_ptr": "*i8", "dense_ptr": "*i8",
+    "statistics_ptr": "*fp32", "dk_sum_ptr": "*fp32", "dv_sum_ptr": "*fp32", "dtail_k_ptr": "*fp32",
+    "dtail_v_ptr": "*fp32",
 }  # fmt: skip
-FLOATS = ("qk_scale", "last_bias", "top_p")
+FLOATS = ("scale", "qk_scale", "last_bias", "top_p")
 
 
 def compile_for_hopper(kernel, constants: dict, **options):
@@ -96,11 +106,41 @@ def attention(m: int, n: int, d: int, *, bias=False, order=False, tail=False) ->
     return resources(attention_forward._attention_fwd, f"{m}x{n} D {d}{flags}", constants, num_warps=warps)
 
 
+def backward_by_slices(m: int, n: int, d: int, *, bias=False, order=False, tail=False, sums=True) -> dict:
+    """``attention_backward_slices`` as its launcher configures it; without ``sums`` for dq alone."""
+    config = attention_backward_slices.configuration(torch.bfloat16, d, m, sums)
+    warps = config.pop("num_warps")
+    constants = dict(D=d, BLOCK_D=triton.next_power_of_2(d), M=m, N=n, WIDE=False, PRECISION="tf32", PAIRS=True)
+    constants |= dict(HAS_BIAS=bias, HAS_ORDER=order, TAIL=tail, WANT_Q=True, WANT_K=sums, WANT_V=sums, **config)
+    absent = {"bias_ptr": bias, "order_ptr": order, "dk_sum_ptr": sums, "dv_sum_ptr": sums}
+    absent |= dict.fromkeys(("tail_k_ptr", "tail_v_ptr", "tail_bias_ptr"), tail)
+    absent |= dict.fromkeys(("dtail_k_ptr", "dtail_v_ptr"), tail and sums)
+    constants |= {name: None for name, there in absent.items() if not there}
+    flags = "".join(f" {name}" for name, on in (("bias", bias), ("order", order), ("tail", tail)) if on)
+    variant = f"{m}x{n} D {d}{flags}{'' if sums else ' dq'}"
+    return resources(attention_backward_slices._attention_bwd_slices, variant, constants, num_warps=warps)
+
+
+def backward_by_keys(m: int, n: int, d: int) -> dict:
+    """``attention_backward_keys`` as its launcher configures it."""
+    config = attention_backward_keys.configuration(torch.bfloat16, d, m)
+    warps = config.pop("num_warps")
+    constants = dict(D=d, BLOCK_D=triton.next_power_of_2(d), M=m, N=n, PRECISION="tf32", WANT_K=True, WANT_V=True)
+    constants |= dict(HAS_BIAS=False, HAS_ORDER=False, SUMMARIES=False, **config)
+    constants |= dict.fromkeys(("bias_ptr", "order_ptr", "tail_bias_ptr"))
+    return resources(attention_backward_keys._attention_bwd_keys, f"{m}x{n} D {d}", constants, num_warps=warps)
+
+
 def table() -> list[dict]:
     """Every kernel in the variants that matter."""
     rows = [attention(m, 8, 128) for m in (128, 64, 32, 16)]
     rows += [attention(128, 1, 128), attention(128, 8, 64), attention(128, 8, 96)]
     rows += [attention(128, 8, 128, **{flag: True}) for flag in ("bias", "order", "tail")]
+    rows += [backward_by_slices(m, 8, 128) for m in (128, 64, 32, 16)]
+    rows += [backward_by_slices(128, 1, 128), backward_by_slices(128, 8, 64), backward_by_slices(128, 8, 96)]
+    rows += [backward_by_slices(128, 8, 128, **{flag: True}) for flag in ("bias", "order", "tail")]
+    rows += [backward_by_slices(128, 64, 128, sums=False), backward_by_slices(128, 8, 256)]
+    rows += [backward_by_keys(128, 64, 128), backward_by_keys(128, 8, 128), backward_by_keys(128, 128, 256)]
     lists = dict(N=8, SUB=1, BLOCK=column_lists.BLOCK, BLOCK_W=128, SUMMARY=128, TAIL=False, HAS_BIAS=False)
     absent = dict.fromkeys(("group_keys_ptr", "block_keys_ptr", "block_bias_ptr"))
     rows.append(resources(column_lists._column_lists, "N 8", lists | absent | {"tail_bias_ptr": None}))
