@@ -26,7 +26,7 @@ from fg_inductor.kernels import attention_backward_keys as keys_schedule
 from fg_inductor.kernels import attention_backward_slices as slices_schedule
 from fg_inductor.kernels import attention_forward, column_lists, group_means
 from fg_inductor.kernels.mask import group_count
-from fg_inductor.kernels.reference import SUMMARY, normalise_key_bias
+from fg_inductor.kernels.reference import SUMMARY, group_statistics, normalise_key_bias
 
 BLOCK = 64
 
@@ -130,12 +130,11 @@ def launch(
         dout, out, lse, statistics, *dout.stride()[:3], *out.stride()[:3], Hq, Sq, **shape, BLOCK=BLOCK, num_warps=4
     )  # fmt: skip
     bias = normalise_key_bias(key_bias, torch.float32)
-    counts_of_blocks = tail_k = tail_v = block_keys = None
+    tail_k = tail_v = block_keys = None
     blocks = 0
     if tail == "pooled":
         blocks = group_count(Sk, SUMMARY)
-        counts_of_blocks = column_lists.tail_statistics(bias, Sk, n, lse[:, 0])
-        block_keys = counts_of_blocks[1]
+        block_keys, _ = group_statistics(bias, Sk, SUMMARY, lse[:, 0])
         tail_k, tail_v = (group_means.launch(x, SUMMARY, blocks, bias=bias) for x in (k, v))
     allocate = torch.empty if split else torch.zeros
     dk_sum, dv_sum = (
@@ -153,11 +152,11 @@ def launch(
     for first in range(0, Hq, chunk):
         part = mask[:, first : first + chunk]
         heads = part.shape[1]
-        lists, counts, tail_bias = column_lists.launch(part, G, n, counts_of_blocks)
+        lists, kept, tail_bias = column_lists.launch(part, Sk, n, 1, tail == "pooled", bias)
         if want_q or not split:
             slices_schedule._attention_bwd_slices[(T * m // slices["BLOCK_M"], heads, B)](
                 q, k, v, dout, statistics,
-                lists, counts, bias, order, tail_k, tail_v, tail_bias,
+                lists, kept, bias, order, tail_k, tail_v, tail_bias,
                 dq, dk_sum, dv_sum, dtail_k, dtail_v,
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3],
                 *(dq.stride()[:3] if want_q else (0, 0, 0)), bias_stride,

@@ -5,7 +5,7 @@
     dv_sum[j] += sum_i p[i, j] * dout[i]    dk_sum[j] += sum_i ds[i, j] * q[i]    dq[i] = scale * sum_j ds[i, j] * k[j]
 
 q, dout, dq        [B, Hq, Sq, D]    k, v [B, Hkv, Sk, D]   any strides, contiguous last dimension
-lists, counts      as in ``attention_forward``; bias, order, tail_k, tail_v, tail_bias too
+lists, keys        as in ``attention_forward``; bias, order, tail_k, tail_v, tail_bias too
 statistics         [B, Hq, Sq, 2]    float32, contiguous: lse in base 2, delta
 dk_sum, dv_sum     [B, Hkv, Sk, D]   float32, contiguous, zeroed by the caller; dtail_k, dtail_v [B, Hkv, J, D]
 Grid               (T * M / BLOCK_M, heads of a chunk, B)
@@ -92,7 +92,7 @@ def _tile(
 @triton.jit
 def _attention_bwd_slices(
     q_ptr, k_ptr, v_ptr, dout_ptr, statistics_ptr,
-    lists_ptr, counts_ptr, bias_ptr, order_ptr, tail_k_ptr, tail_v_ptr, tail_bias_ptr,
+    lists_ptr, keys_ptr, bias_ptr, order_ptr, tail_k_ptr, tail_v_ptr, tail_bias_ptr,
     dq_ptr, dk_sum_ptr, dv_sum_ptr, dtail_k_ptr, dtail_v_ptr,
     stride_qb, stride_qh, stride_qs,
     stride_kb, stride_kh, stride_ks,
@@ -137,11 +137,7 @@ def _attention_bwd_slices(
     if HAS_BIAS:
         bias_ptr += b * stride_bb
 
-    count = tl.load(counts_ptr + slice_index)
-    last = tl.load(list_ptr + count - 1, mask=count > 0, other=0)
-    keys = count * N
-    if last == G - 1:
-        keys -= tl.where(count > 0, G * N - Sk, 0)  # the last group may be ragged
+    keys = tl.load(keys_ptr + slice_index)
     full = keys // BLOCK_N * BLOCK_N
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -195,7 +191,7 @@ def _attention_bwd_slices(
     if WANT_Q:
         # The tokens are looked up again, from a number that the compiler can't know to be 0: kept alive over the loop
         # they would cost registers that it does not have.
-        zero = tl.load(counts_ptr + slice_index, volatile=True) - count
+        zero = tl.load(keys_ptr + slice_index, volatile=True) - keys
         token, inside = _tokens(order_ptr, first + zero, Sq, BLOCK_M, HAS_ORDER)
         offs_d = tl.arange(0, BLOCK_D)
         dq_ptrs = dq_ptr + b * stride_gb + h.to(tl.int64) * stride_gh + token[:, None] * stride_gs + offs_d[None, :]

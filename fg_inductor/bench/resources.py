@@ -30,7 +30,8 @@ from fg_inductor.kernels import (
 
 COLUMNS = ["kernel", "variant", "registers", "stack", "shared", "HGMMA", "HMMA", "copies", "spill loads"]
 POINTERS = {
-    "lists_ptr": "*i32", "work_ptr": "*i32", "keys_ptr": "*i32", "order_ptr": "*i32", "mask_ptr": "*i32", "limit_ptr": "*i32",
+    "lists_ptr": "*i32", "work_ptr": "*i32", "keys_ptr": "*i32", "order_ptr": "*i32", "mask_ptr": "*i32",
+    "limit_ptr": "*i32", "counts_ptr": "*i32",
     "lse_ptr": "*fp32", "bias_ptr": "*fp32", "score_ptr": "*fp32", "tail_bias_ptr": "*fp32",
     "group_keys_ptr": "*fp32", "block_keys_ptr": "*fp32", "block_bias_ptr": "*fp32",
     "forced_ptr": "*i8", "dense_ptr": "*i8",
