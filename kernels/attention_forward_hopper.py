@@ -420,7 +420,7 @@ def _producer(
 
 
 @gluon.jit
-def _attention_fwd(
+def _attention_fwd_hopper(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
     lists_ptr, work_ptr, bias_ptr, order_ptr, tail_k_ptr, tail_v_ptr, tail_bias_ptr,
     stride_qb, stride_qh, stride_qs,
@@ -584,7 +584,7 @@ def launch(
         lists, keys, tail_bias = column_lists.launch(part, Sk, n, sub, tail == "pooled", bias)
         work = work_order.launch(keys)
         items = work.shape[0] - 1
-        _attention_fwd[(min(ctas, items),)](
+        _attention_fwd_hopper[(min(ctas, items),)](
             q, k, v, out, lse,
             lists, work, bias, order, tail_k, tail_v, tail_bias,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],

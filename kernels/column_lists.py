@@ -115,6 +115,11 @@ def _column_lists(
             tl.store(place, bias, mask=block < tl.where(slices > s, J, 0))
 
 
+def block_of(sub: int) -> int:
+    """Groups that a program expands: fewer where every one carries the bits of several slices."""
+    return BLOCK if sub == 1 else BLOCK // 4
+
+
 def launch(mask: Tensor, keys: int, n: int, sub: int = 1, tail: bool = False, bias: Tensor | None = None):
     """(lists, kept keys, tail_bias or None) of tiles of ``sub`` slices; bias [B, Sk] is from ``normalise_key_bias``."""
     B, H, T, W = mask.shape
@@ -131,7 +136,7 @@ def launch(mask: Tensor, keys: int, n: int, sub: int = 1, tail: bool = False, bi
             group_keys, _ = group_statistics(bias, keys, n, bias)
             block_keys, block_bias = group_statistics(bias, keys, SUMMARY, bias)
             block_bias = block_bias * math.log2(math.e)
-    block = min(BLOCK, max(128, triton.next_power_of_2(G)))
+    block = min(block_of(sub), max(128, triton.next_power_of_2(G)))
     _column_lists[(X, triton.cdiv(G, block), B * H)](
         mask, lists, kept, tail_bias, group_keys, block_keys, block_bias,
         *mask.stride()[:3],

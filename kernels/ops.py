@@ -21,8 +21,8 @@ SCHEMAS = {
     "attention": "(Tensor q, Tensor k, Tensor v, Tensor mask, Tensor? key_bias, Tensor? order, float scale, "
     'int m, int n, str tail, SymInt min_seq, str kernel_name="auto") -> (Tensor out, Tensor lse)',
     "attention_backward": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor mask, "
-    "Tensor? key_bias, Tensor? order, float scale, int m, int n, str tail, SymInt min_seq) "
-    "-> (Tensor dq, Tensor dk, Tensor dv)",
+    "Tensor? key_bias, Tensor? order, float scale, int m, int n, str tail, SymInt min_seq, "
+    "bool[3] wanted=[True, True, True]) -> (Tensor dq, Tensor dk, Tensor dv)",
     "query_order": "(SymInt t, SymInt h, SymInt w, SymInt before, SymInt after, int m, Device device) -> Tensor",
     "kept_density": "(Tensor mask, Tensor? key_bias, SymInt queries, SymInt keys, int m, int n) -> Tensor",
 }
@@ -85,12 +85,15 @@ def _attention_fake(q, k, v, mask, key_bias, order, scale, m, n, tail, min_seq, 
     return _empty_out(q), q.new_empty(q.shape[0], q.shape[1], q.shape[2], dtype=torch.float32)
 
 
-def _dense(q, k, v, key_bias, scale):
-    """Dense SDPA into fresh storage. lse is NaN: nothing reads it, and no dense kernel returns it for every input."""
+def _sdpa(q, k, v, key_bias, scale):
     bias = reference.normalise_key_bias(key_bias, q.dtype)
     bias = None if bias is None else bias[:, None, None]
-    gqa = q.shape[1] != k.shape[1]
-    out = _empty_out(q).copy_(F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale, enable_gqa=gqa))
+    return F.scaled_dot_product_attention(q, k, v, bias, scale=scale, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def _dense(q, k, v, key_bias, scale):
+    """Dense SDPA into fresh storage. lse is NaN: nothing reads it, and no dense kernel returns it for every input."""
+    out = _empty_out(q).copy_(_sdpa(q, k, v, key_bias, scale))
     return out, q.new_full((q.shape[0], q.shape[1], q.shape[2]), torch.nan, dtype=torch.float32)
 
 
@@ -119,19 +122,43 @@ torch.library.impl("fgattn::attention", "CPU", _attention)
 torch.library.impl("fgattn::attention", "CUDA", _attention)
 
 
+def _grads(wanted, tensors, grads=(None,) * 3) -> tuple[Tensor, ...]:
+    """In BSHD storage, as out is; an empty tensor where a gradient is not wanted."""
+    results = tuple(_empty_out(x) if want else x.new_empty(0) for x, want in zip(tensors, wanted, strict=True))
+    return tuple(x if g is None or not want else x.copy_(g) for x, g, want in zip(results, grads, wanted, strict=True))
+
+
 @torch.library.register_fake("fgattn::attention_backward")
-def _attention_backward_fake(dout, q, k, v, out, lse, mask, key_bias, order, scale, m, n, tail, min_seq):
-    return tuple(x.new_empty(x.shape) for x in (q, k, v))
+def _attention_backward_fake(
+    dout, q, k, v, out, lse, mask, key_bias, order, scale, m, n, tail, min_seq, wanted=(True,) * 3
+):
+    return _grads(wanted, (q, k, v))
 
 
-def _attention_backward(dout, q, k, v, out, lse, mask, key_bias, order, scale, m, n, tail, min_seq):
-    if min(q.shape[2], k.shape[2]) < min_seq:  # forward was dense, whatever the mask
-        mask, order, tail = reference.full_mask(q, k, m, n), None, "none"
-    return reference.attention_backward(dout, q, k, v, mask, key_bias, order, scale, m, n, tail)
+def _attention_backward(backward):
+    def run(dout, q, k, v, out, lse, mask, key_bias, order, scale, m, n, tail, min_seq, wanted=(True,) * 3):
+        if min(q.shape[2], k.shape[2]) < min_seq:
+            # Forward was dense, whatever the mask. It kept nothing for SDPA's own backward, so it runs once more.
+            _, pull = torch.func.vjp(lambda *qkv: _sdpa(*qkv, key_bias, scale), q, k, v)
+            return _grads(wanted, (q, k, v), pull(dout))
+        return backward(dout, q, k, v, out, lse, mask, key_bias, order, scale, m, n, tail, wanted)
+
+    return run
 
 
-torch.library.impl("fgattn::attention_backward", "CPU", _attention_backward)
-torch.library.impl("fgattn::attention_backward", "CUDA", _attention_backward)
+def _attention_backward_cpu(dout, q, k, v, out, lse, mask, key_bias, order, scale, m, n, tail, wanted):
+    grads = reference.attention_backward(dout, q, k, v, mask, key_bias, order, scale, m, n, tail)
+    return _grads(wanted, (q, k, v), grads)
+
+
+def _attention_backward_cuda(dout, q, k, v, out, *rest):
+    from fg_inductor.kernels import attention_backward
+
+    return attention_backward.launch(*_unit_stride(dout, q, k, v, out), *rest)
+
+
+torch.library.impl("fgattn::attention_backward", "CPU", _attention_backward(_attention_backward_cpu))
+torch.library.impl("fgattn::attention_backward", "CUDA", _attention_backward(_attention_backward_cuda))
 
 
 def _attention_setup(ctx, inputs, output):
@@ -144,7 +171,8 @@ def _attention_setup(ctx, inputs, output):
 def _attention_grad(ctx, dout, _):
     grads = (None, None, None)
     if dout is not None:
-        grads = torch.ops.fgattn.attention_backward.default(dout, *ctx.saved_tensors, *ctx.parameters)
+        wanted = list(ctx.needs_input_grad[:3])
+        grads = torch.ops.fgattn.attention_backward.default(dout, *ctx.saved_tensors, *ctx.parameters, wanted)
     return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)), *(None,) * 9
 
 

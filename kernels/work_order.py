@@ -16,7 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK = 128
+BLOCK = 32
 
 
 @triton.jit

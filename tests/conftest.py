@@ -16,7 +16,10 @@ from fg_inductor import testing
 
 ROOT = Path(__file__).resolve().parent.parent
 TRITON = importlib.util.find_spec("triton") is not None
-KERNEL_TESTS = ["test_attention_forward.py", "test_kept_density.py", "test_resources.py", "test_select_pooled.py"]
+KERNEL_TESTS = [
+    f"test_{name}.py"
+    for name in ("attention_backward", "attention_forward", "kept_density", "resources", "select_pooled")
+]
 collect_ignore = [] if TRITON else KERNEL_TESTS
 
 

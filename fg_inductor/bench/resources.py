@@ -16,19 +16,31 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 from fg_inductor.bench.common import save, show
-from fg_inductor.kernels import attention_forward, column_lists, group_means, select_pooled, work_order
+from fg_inductor.kernels import (
+    attention_backward_keys,
+    attention_backward_slices,
+    attention_forward,
+    attention_forward_hopper,
+    column_lists,
+    group_means,
+    select_pooled,
+    work_order,
+)
 
 COLUMNS = ["kernel", "variant", "registers", "stack", "shared", "HGMMA", "HMMA", "copies", "spill loads"]
 POINTERS = {
     "lists_ptr": "*i32", "work_ptr": "*i32", "keys_ptr": "*i32", "order_ptr": "*i32", "mask_ptr": "*i32",
-    "limit_ptr": "*i32",
+    "limit_ptr": "*i32", "counts_ptr": "*i32",
     "lse_ptr": "*fp32", "bias_ptr": "*fp32", "score_ptr": "*fp32", "tail_bias_ptr": "*fp32",
     "group_keys_ptr": "*fp32", "block_keys_ptr": "*fp32", "block_bias_ptr": "*fp32",
     "forced_ptr": "*i8", "dense_ptr": "*i8",
+    "statistics_ptr": "*fp32", "dk_sum_ptr": "*fp32", "dv_sum_ptr": "*fp32", "dtail_k_ptr": "*fp32",
+    "dtail_v_ptr": "*fp32",
 }  # fmt: skip
-FLOATS = ("qk_scale", "last_bias", "top_p")
+FLOATS = ("scale", "qk_scale", "last_bias", "top_p")
 
 
 def compile_for_hopper(kernel, constants: dict, **options):
@@ -43,7 +55,8 @@ def compile_for_hopper(kernel, constants: dict, **options):
             signature[name] = "fp32" if name in FLOATS else "i32"
         if signature[name].startswith("*") or name.startswith("stride_"):
             attributes[(i,)] = [["tt.divisibility", 16]]
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    language = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = language(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
 
 
@@ -56,15 +69,23 @@ def _cuobjdump(cubin: bytes, what: str) -> str:
 
 
 def hottest_loop(sass: str) -> list[str]:
-    """Instructions of the loop with the most tensor-core work, else of the longest; loops end in backward branches."""
+    """Instructions of the innermost loop with the most tensor-core work (of equal ones the shortest: it masks nothing),
+    else of the longest loop; loops end in backward branches."""
     found = re.findall(r"^\s+/\*([0-9a-f]{4,})\*/\s+(.*?);", sass, re.M)
     code = [(int(address, 16), text) for address, text in found]
-    loops = [[]]
+    spans = []
     for address, text in code:
         target = re.search(r"\bBRA\b.*?0x([0-9a-f]+)", text)
         if target and int(target[1], 16) < address:
-            loops.append([x for a, x in code if int(target[1], 16) <= a <= address])
-    return max(loops, key=lambda body: (sum("MMA" in x for x in body), len(body)))
+            spans.append((int(target[1], 16), address))
+    spans = [s for s in spans if not any(s != o and s[0] <= o[0] and o[1] <= s[1] for o in spans)]
+    loops = [[x for a, x in code if first <= a <= last] for first, last in spans] or [[]]
+
+    def heat(body):
+        products = sum("MMA" in x for x in body)
+        return products, -len(body) if products else len(body)
+
+    return max(loops, key=heat)
 
 
 def resources(kernel, variant: str, constants: dict, **options) -> dict:
@@ -97,15 +118,67 @@ def attention(m: int, n: int, d: int, *, bias=False, order=False, tail=False) ->
     return resources(attention_forward._attention_fwd, f"{m}x{n} D {d}{flags}", constants, num_warps=warps)
 
 
+def hopper(m: int, n: int, d: int, *, bias=False, order=False, tail=False) -> dict:
+    """``attention_forward_hopper`` as its launcher configures it."""
+    config = attention_forward_hopper.configuration(d, m)
+    registers = config.pop("maxnreg")
+    constants = dict(D=d, BLOCK_D=triton.next_power_of_2(d), M=m, N=n, WIDE=False, NEGATIVE=False, **config)
+    constants |= dict(HAS_BIAS=bias, HAS_ORDER=order, TAIL=tail)
+    absent = {"bias_ptr": bias, "order_ptr": order, "tail_k_ptr": tail, "tail_v_ptr": tail, "tail_bias_ptr": tail}
+    constants |= {name: None for name, there in absent.items() if not there}
+    flags = "".join(f" {name}" for name, on in (("bias", bias), ("order", order), ("tail", tail)) if on)
+    kernel = attention_forward_hopper._attention_fwd_hopper
+    return resources(kernel, f"{m}x{n} D {d}{flags}", constants, num_warps=4, maxnreg=registers)
+
+
+def backward_by_slices(m: int, n: int, d: int, *, bias=False, order=False, tail=False, sums=True) -> dict:
+    """``attention_backward_slices`` as its launcher configures it; without ``sums`` for dq alone."""
+    config = attention_backward_slices.configuration(torch.bfloat16, d, m, sums)
+    warps = config.pop("num_warps")
+    constants = dict(D=d, BLOCK_D=triton.next_power_of_2(d), M=m, N=n, WIDE=False, PRECISION="tf32", PAIRS=True)
+    constants |= dict(HAS_BIAS=bias, HAS_ORDER=order, TAIL=tail, WANT_Q=True, WANT_K=sums, WANT_V=sums, **config)
+    absent = {"bias_ptr": bias, "order_ptr": order, "dk_sum_ptr": sums, "dv_sum_ptr": sums}
+    absent |= dict.fromkeys(("tail_k_ptr", "tail_v_ptr", "tail_bias_ptr"), tail)
+    absent |= dict.fromkeys(("dtail_k_ptr", "dtail_v_ptr"), tail and sums)
+    constants |= {name: None for name, there in absent.items() if not there}
+    flags = "".join(f" {name}" for name, on in (("bias", bias), ("order", order), ("tail", tail)) if on)
+    variant = f"{m}x{n} D {d}{flags}{'' if sums else ' dq'}"
+    return resources(attention_backward_slices._attention_bwd_slices, variant, constants, num_warps=warps)
+
+
+def backward_by_keys(m: int, n: int, d: int) -> dict:
+    """``attention_backward_keys`` as its launcher configures it."""
+    config = attention_backward_keys.configuration(torch.bfloat16, d, m)
+    warps = config.pop("num_warps")
+    constants = dict(D=d, BLOCK_D=triton.next_power_of_2(d), M=m, N=n, PRECISION="tf32", WANT_K=True, WANT_V=True)
+    constants |= dict(HAS_BIAS=False, HAS_ORDER=False, SUMMARIES=False, **config)
+    constants |= dict.fromkeys(("bias_ptr", "order_ptr", "tail_bias_ptr"))
+    return resources(attention_backward_keys._attention_bwd_keys, f"{m}x{n} D {d}", constants, num_warps=warps)
+
+
 def table() -> list[dict]:
     """Every kernel in the variants that matter."""
     rows = [attention(m, 8, 128) for m in (128, 64, 32, 16)]
     rows += [attention(128, 1, 128), attention(128, 8, 64), attention(128, 8, 96)]
     rows += [attention(128, 8, 128, **{flag: True}) for flag in ("bias", "order", "tail")]
+    rows += [backward_by_slices(m, 8, 128) for m in (128, 64, 32, 16)]
+    rows += [backward_by_slices(128, 1, 128), backward_by_slices(128, 8, 64), backward_by_slices(128, 8, 96)]
+    rows += [backward_by_slices(128, 8, 128, **{flag: True}) for flag in ("bias", "order", "tail")]
+    rows += [backward_by_slices(128, 64, 128, sums=False), backward_by_slices(128, 8, 256)]
+    rows += [backward_by_keys(128, 64, 128), backward_by_keys(128, 8, 128), backward_by_keys(128, 128, 256)]
+    rows += [hopper(128, 1, 128), hopper(64, 8, 128), hopper(16, 8, 128), hopper(128, 8, 64), hopper(128, 8, 96)]
+    rows += [hopper(128, 8, 128, bias=True), hopper(128, 8, 128, order=True, tail=True)]
     lists = dict(N=8, SUB=1, BLOCK=column_lists.BLOCK, BLOCK_W=128, SUMMARY=128, TAIL=False, HAS_BIAS=False)
     absent = dict.fromkeys(("group_keys_ptr", "block_keys_ptr", "block_bias_ptr"))
     rows.append(resources(column_lists._column_lists, "N 8", lists | absent | {"tail_bias_ptr": None}))
-    rows.append(resources(column_lists._column_lists, "N 8 tail", lists | absent | {"TAIL": True}))
+    rows.append(resources(column_lists._column_lists, "N 1 tail", lists | absent | {"N": 1, "TAIL": True}))
+    rows.append(
+        resources(
+            column_lists._column_lists,
+            "N 8 of 8 slices tail",
+            lists | absent | {"SUB": 8, "BLOCK": column_lists.block_of(8), "TAIL": True},
+        )
+    )
     order = dict(BLOCK=work_order.BLOCK, BLOCK_H=16, BLOCK_X=256)
     rows.append(resources(work_order._work_order, "", order, num_warps=4))
     means = dict(D=128, BLOCK_D=128, N=16, BLOCK_G=16, HAS_ORDER=True, HAS_BIAS=False, bias_ptr=None)
