@@ -152,7 +152,7 @@ def launch(
     for first in range(0, Hq, chunk):
         part = mask[:, first : first + chunk]
         heads = part.shape[1]
-        lists, kept, tail_bias = column_lists.launch(part, Sk, n, 1, tail == "pooled", bias)
+        lists, kept, _, tail_bias = column_lists.launch(part, Sk, n, 1, tail == "pooled", bias)
         if want_q or not split:
             slices_schedule._attention_bwd_slices[(T * m // slices["BLOCK_M"], heads, B)](
                 q, k, v, dout, statistics,

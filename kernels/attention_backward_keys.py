@@ -159,5 +159,5 @@ def lists_of_slices(mask: Tensor, keys: int, n: int, block_n: int) -> tuple[Tens
     _transpose[(tiles, B * H)](
         mask, transposed, *mask.stride()[:3], H, T, W, words, N=n, BLOCK_N=block_n, num_warps=4
     )  # fmt: skip
-    lists, counts, _ = column_lists.launch(transposed, T, 1)
+    lists, counts, _, _ = column_lists.launch(transposed, T, 1)
     return lists, counts

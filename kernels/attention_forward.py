@@ -3,7 +3,7 @@
     out[i] = softmax over kept keys j of (scale * q[i] . k[j] + bias[j]) @ v        for every query i of a slice
 
 q, out     [B, Hq, Sq, D]    k, v [B, Hkv, Sk, D]    any strides, contiguous last dimension; out has BSHD storage
-lists      [B, H, T, G]      int32, ascending ids of the kept groups (``column_lists``), and the kept keys [B, H, T]
+lists      [B, H, T, G]      int32, ascending ids of the kept groups (``column_lists``), keys and clean keys [B, H, T]
 bias       [B, Sk]           float32, -inf where a key is masked, or None
 order      [Sq]              int32: row i of query order is token order[i]; out and lse are in token order; or None
 tail_k, v  [B, Hkv, J, D]    summaries of the 128-key blocks, tail_bias [B, H, T, J] (base 2; -inf: none dropped)
@@ -61,6 +61,20 @@ def _load_tile(k_ptr, v_ptr, key, stride_ks, stride_vs, D: tl.constexpr, BLOCK_D
 
 
 @triton.jit
+def _last_tile(
+    list_ptr, place, keys, k_ptr, v_ptr, stride_ks, stride_vs,
+    N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, WIDE: tl.constexpr,
+):  # fmt: skip
+    """A tile that may end behind the list: kt, v, the keys and which of them take part."""
+    # Places past the end read the last key, and v is 0 there: 0 * v would be NaN where v is not finite.
+    used = place < keys
+    place = tl.minimum(place, keys - 1)
+    key = tl.load(list_ptr + place // N) * N + place % N
+    kt, v = _load_tile(k_ptr, v_ptr, key, stride_ks, stride_vs, D, BLOCK_D, WIDE)
+    return kt, tl.where(used[:, None], v, 0.0), key, used
+
+
+@triton.jit
 def _without_masked(v, bias, used):
     """v, bias in base 2 and ``used`` without the keys that the bias masks: a weight of 0 would not keep NaN out."""
     visible = bias > float("-inf")
@@ -80,7 +94,7 @@ def _tokens(order_ptr, first, Sq, M: tl.constexpr, HAS_ORDER: tl.constexpr):
 @triton.jit
 def _attention_fwd(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
-    lists_ptr, keys_ptr, bias_ptr, order_ptr, tail_k_ptr, tail_v_ptr, tail_bias_ptr,
+    lists_ptr, keys_ptr, clean_keys_ptr, bias_ptr, order_ptr, tail_k_ptr, tail_v_ptr, tail_bias_ptr,
     stride_qb, stride_qh, stride_qs,
     stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs,
@@ -110,7 +124,7 @@ def _attention_fwd(
         bias_ptr += b * stride_bb
 
     keys = tl.load(keys_ptr + slice_index)
-    full = keys // BLOCK_N * BLOCK_N
+    full = tl.load(clean_keys_ptr + slice_index) // BLOCK_N * BLOCK_N
 
     m_i = tl.full([M], float("-inf"), tl.float32)
     l_i = tl.zeros([M], tl.float32)
@@ -123,20 +137,19 @@ def _attention_fwd(
         place = start + offs_n
         key = tl.load(list_ptr + place // N) * N + place % N  # [BLOCK_N]
         kt, v = _load_tile(k_ptr, v_ptr, key, stride_ks, stride_vs, D, BLOCK_D, WIDE)
-        used = everything
-        if HAS_BIAS:
-            v, shift, used = _without_masked(v, tl.load(bias_ptr + key), used)
-        m_i, l_i, acc = _update(q, kt, v, shift, used, m_i, l_i, acc, qk_scale, PRECISION, HAS_BIAS)
+        m_i, l_i, acc = _update(q, kt, v, shift, everything, m_i, l_i, acc, qk_scale, PRECISION, False)
 
-    if full < keys:
-        # Places past the end read the last kept key and take no part: 0 * v would be NaN where v is not finite.
-        used = full + offs_n < keys
-        place = tl.minimum(full + offs_n, keys - 1)
-        key = tl.load(list_ptr + place // N) * N + place % N
-        kt, v = _load_tile(k_ptr, v_ptr, key, stride_ks, stride_vs, D, BLOCK_D, WIDE)
-        v = tl.where(used[:, None], v, 0.0)
-        if HAS_BIAS:
+    if HAS_BIAS:  # the keys of mixed groups; of all groups, where the bias is more than padding
+        for start in tl.range(full, keys, BLOCK_N, num_stages=STAGES):
+            kt, v, key, used = _last_tile(
+                list_ptr, start + offs_n, keys, k_ptr, v_ptr, stride_ks, stride_vs, N, D, BLOCK_D, WIDE
+            )
             v, shift, used = _without_masked(v, tl.load(bias_ptr + key), used)
+            m_i, l_i, acc = _update(q, kt, v, shift, used, m_i, l_i, acc, qk_scale, PRECISION, True)
+    elif full < keys:
+        kt, v, key, used = _last_tile(
+            list_ptr, full + offs_n, keys, k_ptr, v_ptr, stride_ks, stride_vs, N, D, BLOCK_D, WIDE
+        )
         m_i, l_i, acc = _update(q, kt, v, shift, used, m_i, l_i, acc, qk_scale, PRECISION, True)
 
     if TAIL:
@@ -205,6 +218,7 @@ def launch(
     out = q.new_empty(B, Sq, Hq, D).transpose(1, 2)
     lse = q.new_empty(B, Hq, Sq, dtype=torch.float32)
     bias = normalise_key_bias(key_bias, torch.float32)
+    padding = key_bias is not None and key_bias.dtype == torch.bool
     tail_k = tail_v = None
     blocks = 0
     if tail == "pooled":
@@ -214,10 +228,10 @@ def launch(
     heads = heads_at_once(mask, Sk, n)
     for first in range(0, Hq, heads):
         part = mask[:, first : first + heads]
-        lists, kept, tail_bias = column_lists.launch(part, Sk, n, 1, tail == "pooled", bias)
+        lists, kept, clean, tail_bias = column_lists.launch(part, Sk, n, 1, tail == "pooled", bias, padding)
         _attention_fwd[(T, part.shape[1], B)](
             q, k, v, out, lse,
-            lists, kept, bias, order, tail_k, tail_v, tail_bias,
+            lists, kept, clean, bias, order, tail_k, tail_v, tail_bias,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             0 if bias is None else bias.stride(0),
             first, Hq, share, Sq, T, G, blocks, scale * LOG2_E,

@@ -4,8 +4,8 @@
 
 q, out     [B, Hq, Sq, D]    k, v [B, Hkv, Sk, D]    bfloat16 or float16; any strides, contiguous last dimension
 lists      [B, H, X, G]      int32, ascending ids of the groups that a tile keeps (``column_lists``)
-work       [B * H * X + 1, 2] int32: the tiles in the order they are begun, and the kept keys of each (``work_order``);
-                             the last row counts those that were drawn
+work       [B * H * X + 1, 4] int32: the tiles in the order they are begun, and the keys of each (``work_order``); the
+                              last row counts those that were drawn
 bias       [B, Sk]           float32, -inf where a key is masked, or None
 order      [Sq]              int32: row i of query order is token order[i]; out and lse are in token order; or None
 tail_k, v  [B, Hkv, J, D]    summaries of the 128-key blocks, tail_bias [B, H, T, J] (base 2; -inf: none dropped)
@@ -55,14 +55,14 @@ LOG2_E = gl.constexpr(1.4426950408889634)
 
 @gluon.jit
 def _work(place, work_ptr):
-    """The index of a tile of queries and its kept keys."""
-    return gl.load(work_ptr + 2 * place), gl.load(work_ptr + 2 * place + 1)
+    """The index of a tile of queries, the keys in its list, and those at its front that need no look at the bias."""
+    return gl.load(work_ptr + 4 * place), gl.load(work_ptr + 4 * place + 1), gl.load(work_ptr + 4 * place + 2)
 
 
 @gluon.jit
-def _tiles(keys, J, BLOCK_N: gl.constexpr, TAIL: gl.constexpr, HAS_BIAS: gl.constexpr):
+def _tiles(keys, clean, J, BLOCK_N: gl.constexpr, TAIL: gl.constexpr):
     """Tiles of keys: those that need no mask, those of the list, and all, the tail's included."""
-    full = 0 if HAS_BIAS else keys // BLOCK_N
+    full = clean // BLOCK_N
     listed = gl.maximum((keys + BLOCK_N - 1) // BLOCK_N, 1)  # one, all masked, where nothing is kept
     total = listed + (J + BLOCK_N - 1) // BLOCK_N if TAIL else listed
     return full, listed, total
@@ -206,8 +206,8 @@ def _consumer(
     i = 0
     place = _drawn(place_buf, place_full, i)
     while place < ITEMS:
-        index, keys = _work(place, work_ptr)
-        full, listed, total = _tiles(keys, J, BLOCK_N, TAIL, HAS_BIAS)
+        index, keys, clean = _work(place, work_ptr)
+        full, listed, total = _tiles(keys, clean, J, BLOCK_N, TAIL)
         entry_bias_ptr = bias_ptr
         if HAS_BIAS:
             entry_bias_ptr += (index // X // heads).to(gl.int64) * stride_bb
@@ -356,10 +356,10 @@ def _producer(
     tile = 0
     i = 0
     place = gl.program_id(0)
-    index, keys = _work(place, work_ptr)
+    index, keys, clean = _work(place, work_ptr)
     entry = _entries(lists_ptr + index.to(gl.int64) * G, 0, keys, N, BLOCK_N, rows)
     while place < ITEMS:
-        full, listed, total = _tiles(keys, J, BLOCK_N, TAIL, HAS_BIAS)
+        full, listed, total = _tiles(keys, clean, J, BLOCK_N, TAIL)
         h, b = first_head + index // X % heads, (index // X // heads).to(gl.int64)
         h_kv = (h // SHARE).to(gl.int64)
         k_base = k_ptr + b * stride_kb + h_kv * stride_kh
@@ -380,8 +380,8 @@ def _producer(
         async_copy.mbarrier_arrive(q_full, increment_count=False)
 
         # The tile to come: drawn now, so that its list is at hand when the last keys of this one are under way.
-        place = gl.num_programs(0) + gl.atomic_add(work_ptr + 2 * ITEMS, 1, sem="relaxed")
-        next_index, next_keys = _work(gl.minimum(place, ITEMS - 1), work_ptr)
+        place = gl.num_programs(0) + gl.atomic_add(work_ptr + 4 * ITEMS, 1, sem="relaxed")
+        next_index, next_keys, next_clean = _work(gl.minimum(place, ITEMS - 1), work_ptr)
         next_list_ptr = lists_ptr + next_index.to(gl.int64) * G
         entry_bias_ptr = bias_ptr
         if HAS_BIAS:
@@ -412,7 +412,7 @@ def _producer(
                 _copy_rows(v_bufs.index(stage), tail_v_ptr + head, block, D, exists, D, False, True)
                 async_copy.mbarrier_arrive(v_full.index(stage), increment_count=False)
                 tile += 1
-        index, keys = next_index, next_keys
+        index, keys, clean = next_index, next_keys, next_clean
         i += 1
     mbarrier.wait(q_empty, (i & 1) ^ 1)
     place_buf.store(gl.full([1], place, gl.int32, one))
@@ -568,6 +568,7 @@ def launch(
     out = q.new_empty(B, Sq, Hq, D).transpose(1, 2)
     lse = q.new_empty(B, Hq, Sq, dtype=torch.float32)
     bias = normalise_key_bias(key_bias, torch.float32)
+    padding = key_bias is not None and key_bias.dtype == torch.bool
     tail_k = tail_v = None
     blocks = 0
     if tail == "pooled":
@@ -581,8 +582,8 @@ def launch(
     heads = heads_at_once(mask, Sk, n, sub)
     for first in range(0, Hq, heads):
         part = mask[:, first : first + heads]
-        lists, keys, tail_bias = column_lists.launch(part, Sk, n, sub, tail == "pooled", bias)
-        work = work_order.launch(keys)
+        lists, keys, clean, tail_bias = column_lists.launch(part, Sk, n, sub, tail == "pooled", bias, padding)
+        work = work_order.launch(keys, clean)
         items = work.shape[0] - 1
         _attention_fwd_hopper[(min(ctas, items),)](
             q, k, v, out, lse,

@@ -3,9 +3,12 @@
     lists[x, 0 ..] = ids of the groups that a slice of tile x keeps
 
 mask       [B, H, T, W]   int32
-lists      [B, H, X, G]   int32; entries beyond the kept groups are never written. A tile is SUB consecutive slices,
+clean      [B, W]         int32, the groups without a masked key (a mask row's bits), and
+mixed      [B, W]         int32, those with masked and other keys; neither where there is no key_bias
+lists      [B, H, X, G]   int32; entries beyond the kept groups are never written. Clean groups first, then mixed ones;
+                          those whose keys are all masked are left out. A tile is SUB consecutive slices,
                           X = ceil(T / SUB); with SUB > 1 bit 24 + s of an entry says whether slice s keeps the group
-keys       [B, H, X]      int32, kept keys: those in the listed groups
+keys       [B, H, X]      int32, keys in the listed groups, and those of them in clean groups
 tail_bias  [B, H, T, J]   float32, for the pooled tail: log2(keys of the 128-key block j that t dropped) + bias[j],
                           -inf where none was
 Grid       (X, ceil(G / BLOCK), B * H)
@@ -16,13 +19,14 @@ values written.
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fg_inductor.kernels.mask import group_count
+from fg_inductor.kernels.mask import group_count, pack
 from fg_inductor.kernels.reference import SUMMARY, group_statistics
 
 BLOCK = 4096
@@ -49,7 +53,8 @@ def _union(words_ptr, word, slices, stride_mt, W, SUB: tl.constexpr):
 
 @triton.jit
 def _column_lists(
-    mask_ptr, lists_ptr, keys_ptr, tail_bias_ptr, group_keys_ptr, block_keys_ptr, block_bias_ptr,
+    mask_ptr, clean_ptr, mixed_ptr, lists_ptr, keys_ptr, clean_keys_ptr, tail_bias_ptr,
+    group_keys_ptr, block_keys_ptr, block_bias_ptr,
     stride_mb, stride_mh, stride_mt,
     H, T, X, W, G, J, Sk,
     N: tl.constexpr, SUB: tl.constexpr, BLOCK: tl.constexpr, BLOCK_W: tl.constexpr, SUMMARY: tl.constexpr,
@@ -65,31 +70,60 @@ def _column_lists(
     tile = bh * X + x
     list_ptr = lists_ptr + tile * G
 
-    kept = 0
-    if chunk > 0:
+    before = 0  # listed groups of earlier chunks
+    mixed_before = 0
+    all_clean = 0
+    if HAS_BIAS or chunk > 0:
         word = tl.arange(0, BLOCK_W)
-        kept = tl.sum(_popcount(_union(words_ptr, word, slices, stride_mt, chunk * WORDS, SUB)))
+        words = _union(words_ptr, word, slices, stride_mt, W, SUB)
+        earlier = word < chunk * WORDS
+        if HAS_BIAS:
+            mixed = words & tl.load(mixed_ptr + b * W + word, mask=word < W, other=0)
+            mixed_before = tl.sum(tl.where(earlier, _popcount(mixed), 0))
+            words = words & tl.load(clean_ptr + b * W + word, mask=word < W, other=0)
+            all_clean = tl.sum(_popcount(words))
+        before = tl.sum(tl.where(earlier, _popcount(words), 0))
+
     word = chunk * WORDS + tl.arange(0, WORDS)
     words = _union(words_ptr, word, slices, stride_mt, W, SUB)
+    mixed = words
+    if HAS_BIAS:
+        mixed = words & tl.load(mixed_ptr + b * W + word, mask=word < W, other=0)
+        words = words & tl.load(clean_ptr + b * W + word, mask=word < W, other=0)
     counts = _popcount(words)
-    offset = kept + tl.cumsum(counts, 0) - counts
-    kept += tl.sum(counts)
+    offset = tl.reshape(tl.broadcast_to((before + tl.cumsum(counts, 0) - counts)[:, None], [WORDS, 32]), [BLOCK])
+    kept = before + tl.sum(counts)
     # One lane a group: a warp writes the list entries of one word, which are neighbours.
     group = chunk * BLOCK + tl.arange(0, BLOCK)
     bit = group % 32
-    words = _union(words_ptr, group // 32, slices, stride_mt, W, SUB)
+    own_words = _union(words_ptr, group // 32, slices, stride_mt, W, SUB)
     entry = group
     if SUB > 1:
         for s in tl.static_range(SUB):
             inside = group // 32 < tl.where(slices > s, W, 0)
             own = tl.load(words_ptr + s * stride_mt + group // 32, mask=inside, other=0)
             entry |= ((own >> bit) & 1) << (ID_BITS + s)
-    place = tl.reshape(tl.broadcast_to(offset[:, None], [WORDS, 32]), [BLOCK]) + _popcount(words & ((1 << bit) - 1))
-    tl.store(list_ptr + place, entry, mask=(words & (1 << bit)) != 0)
+    chosen = own_words
+    if HAS_BIAS:
+        chosen = own_words & tl.load(clean_ptr + b * W + group // 32, mask=group // 32 < W, other=0)
+    tl.store(list_ptr + offset + _popcount(chosen & ((1 << bit) - 1)), entry, mask=(chosen & (1 << bit)) != 0)
+    clean_kept = kept
+    if HAS_BIAS:
+        counts = _popcount(mixed)
+        first = all_clean + mixed_before
+        offset = tl.reshape(tl.broadcast_to((first + tl.cumsum(counts, 0) - counts)[:, None], [WORDS, 32]), [BLOCK])
+        chosen = own_words & tl.load(mixed_ptr + b * W + group // 32, mask=group // 32 < W, other=0)
+        tl.store(list_ptr + offset + _popcount(chosen & ((1 << bit) - 1)), entry, mask=(chosen & (1 << bit)) != 0)
+        clean_kept = all_clean
+        kept = first + tl.sum(counts)
 
     if chunk == tl.num_programs(1) - 1:
-        last = (_union(words_ptr, (G - 1) // 32, slices, stride_mt, W, SUB) >> ((G - 1) % 32)) & 1
-        tl.store(keys_ptr + tile, kept * N - last * (G * N - Sk))  # the last group may be ragged
+        last = _union(words_ptr, (G - 1) // 32, slices, stride_mt, W, SUB)
+        if HAS_BIAS:  # a ragged group is never clean
+            last &= tl.load(mixed_ptr + b * W + (G - 1) // 32)
+        ragged = ((last >> ((G - 1) % 32)) & 1) * (G * N - Sk)
+        tl.store(keys_ptr + tile, kept * N - ragged)
+        tl.store(clean_keys_ptr + tile, clean_kept * N - (0 if HAS_BIAS else ragged))
 
     if TAIL:
         BLOCKS: tl.constexpr = BLOCK * N // SUMMARY  # summary blocks in BLOCK groups
@@ -120,14 +154,43 @@ def block_of(sub: int) -> int:
     return BLOCK if sub == 1 else BLOCK // 4
 
 
-def launch(mask: Tensor, keys: int, n: int, sub: int = 1, tail: bool = False, bias: Tensor | None = None):
-    """(lists, kept keys, tail_bias or None) of tiles of ``sub`` slices; bias [B, Sk] is from ``normalise_key_bias``."""
+def group_words(bias: Tensor | None, padding: bool, n: int, words: int) -> tuple[Tensor, Tensor] | tuple[None, None]:
+    """The groups without a masked key, and the others with a key that is not masked: int32 [B, W] each.
+
+    ``padding``: bias holds nothing but 0 and -inf. Otherwise its values matter, and every group counts as mixed.
+    """
+    if bias is None:
+        return None, None
+    keys = bias.shape[1]
+    groups = group_count(keys, n)
+    visible = torch.nn.functional.pad(bias > -math.inf, (0, groups * n - keys)).unflatten(1, (groups, n))
+    some, every = visible.any(-1), visible.all(-1)
+    if not padding:
+        every = torch.zeros_like(every)
+    return pack(every, words), pack(some & ~every, words)
+
+
+class Lists(NamedTuple):
+    """What ``launch`` makes; ``clean`` are the keys at the front of a list that need no look at the bias."""
+
+    lists: Tensor
+    keys: Tensor
+    clean: Tensor
+    tail_bias: Tensor | None
+
+
+def launch(
+    mask: Tensor, keys: int, n: int, sub: int = 1, tail: bool = False, bias: Tensor | None = None, padding: bool = False
+) -> Lists:
+    """Lists of tiles of ``sub`` slices; bias [B, Sk] is from ``normalise_key_bias``, padding as in ``group_words``."""
     B, H, T, W = mask.shape
     if mask.stride(3) != 1:
         raise ValueError("column_lists: the words of a mask row must be contiguous; call mask.contiguous().")
     G, X = group_count(keys, n), (T + sub - 1) // sub
     lists = torch.empty(B, H, X, G, dtype=torch.int32, device=mask.device)
     kept = torch.empty(B, H, X, dtype=torch.int32, device=mask.device)
+    clean_keys = torch.empty_like(kept)
+    clean, mixed = group_words(bias, padding, n, W)
     group_keys = block_keys = block_bias = tail_bias = None
     blocks = group_count(keys, SUMMARY) if tail else 0
     if tail:
@@ -138,11 +201,11 @@ def launch(mask: Tensor, keys: int, n: int, sub: int = 1, tail: bool = False, bi
             block_bias = block_bias * math.log2(math.e)
     block = min(block_of(sub), max(128, triton.next_power_of_2(G)))
     _column_lists[(X, triton.cdiv(G, block), B * H)](
-        mask, lists, kept, tail_bias, group_keys, block_keys, block_bias,
+        mask, clean, mixed, lists, kept, clean_keys, tail_bias, group_keys, block_keys, block_bias,
         *mask.stride()[:3],
         H, T, X, W, G, blocks, keys,
         N=n, SUB=sub, BLOCK=block, BLOCK_W=triton.next_power_of_2(W), SUMMARY=SUMMARY,
-        TAIL=tail, HAS_BIAS=tail and bias is not None,
+        TAIL=tail, HAS_BIAS=bias is not None,
         num_warps=4,
     )  # fmt: skip
-    return lists, kept, tail_bias
+    return Lists(lists, kept, clean_keys, tail_bias)

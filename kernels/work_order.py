@@ -1,8 +1,8 @@
 """The order in which the slices of an attention call are begun (portable Triton).
 
-keys   [B, H, X]   int32, kept keys of each tile of queries (``column_lists``)
-work   [B * H * X + 1, 2]   int32: index (b * H + h) * X + x of a tile, and its kept keys; the last row holds a
-                 counter, 0, from which those who work draw their next place
+keys   [B, H, X]            int32, kept keys of each tile of queries, and those in clean groups (``column_lists``)
+work   [B * H * X + 1, 4]   int32: index (b * H + h) * X + x of a tile, its keys, its clean keys, nothing; the last row
+                            holds a counter, 0, from which those who work draw their next place
 Grid   (ceil(X / BLOCK), B * H)
 
 Heads stay together, since the K and V of one head fit the L2 cache; the head that keeps most comes first, and in a head
@@ -20,7 +20,9 @@ BLOCK = 32
 
 
 @triton.jit
-def _work_order(keys_ptr, work_ptr, HEADS, X, BLOCK: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_X: tl.constexpr):
+def _work_order(
+    keys_ptr, clean_keys_ptr, work_ptr, HEADS, X, BLOCK: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_X: tl.constexpr
+):
     head = tl.program_id(1)
     mine = 0
     for start in range(0, X, BLOCK_X):
@@ -44,19 +46,28 @@ def _work_order(keys_ptr, work_ptr, HEADS, X, BLOCK: tl.constexpr, BLOCK_H: tl.c
         theirs = tl.load(keys_ptr + head * X + other, mask=other < X, other=-1)
         ahead = (theirs[None, :] > keys[:, None]) | ((theirs[None, :] == keys[:, None]) & (other[None, :] < x[:, None]))
         before += tl.sum((ahead & (other < X)[None, :]).to(tl.int32), 1)
-    place = work_ptr + 2 * (heads_before * X + before)
+    place = work_ptr + 4 * (heads_before * X + before)
     tl.store(place, head * X + x, mask=x < X)
     tl.store(place + 1, keys, mask=x < X)
+    tl.store(place + 2, tl.load(clean_keys_ptr + head * X + x, mask=x < X, other=0), mask=x < X)
     if (tl.program_id(0) == 0) & (head == 0):
-        tl.store(work_ptr + 2 * HEADS * X, 0)
+        tl.store(work_ptr + 4 * HEADS * X, 0)
 
 
-def launch(keys: Tensor) -> Tensor:
-    """int32 [B, H, X] -> int32 [B * H * X + 1, 2]."""
+def launch(keys: Tensor, clean_keys: Tensor) -> Tensor:
+    """int32 [B, H, X] twice -> int32 [B * H * X + 1, 4]."""
     B, H, X = keys.shape
-    work = torch.empty(B * H * X + 1, 2, dtype=torch.int32, device=keys.device)
+    work = torch.empty(B * H * X + 1, 4, dtype=torch.int32, device=keys.device)
     block_x = min(256, triton.next_power_of_2(X))
     _work_order[(triton.cdiv(X, BLOCK), B * H)](
-        keys, work, B * H, X, BLOCK=BLOCK, BLOCK_H=min(16, triton.next_power_of_2(B * H)), BLOCK_X=block_x, num_warps=4
+        keys,
+        clean_keys,
+        work,
+        B * H,
+        X,
+        BLOCK=BLOCK,
+        BLOCK_H=min(16, triton.next_power_of_2(B * H)),
+        BLOCK_X=block_x,
+        num_warps=4,
     )
     return work

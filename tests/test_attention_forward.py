@@ -163,7 +163,9 @@ def test_column_lists(sub, keep, n, device, poison):
     """Ascending ids of what any slice of a tile keeps, and which slices keep it; 18 slices are no multiple of 4."""
     case = Case(keep, m=16, n=n, queries=280, keys=2100 if n > 1 else 9000, keep=keep, density=0.02)
     groups = make_groups(case)
-    lists, kept, _ = column_lists.launch(pack(groups, word_count(case.keys, n)).to(device), case.keys, n, sub)
+    mask = pack(groups, word_count(case.keys, n)).to(device)
+    lists, kept, clean, _ = column_lists.launch(mask, case.keys, n, sub)
+    assert torch.equal(kept, clean)
     tiles = torch.nn.functional.pad(groups, (0, 0, 0, -groups.shape[2] % sub)).unflatten(2, (-1, sub))
     size = torch.full((groups.shape[-1],), n)
     size[-1] = case.keys - n * (groups.shape[-1] - 1)
@@ -174,11 +176,34 @@ def test_column_lists(sub, keep, n, device, poison):
         assert torch.equal(row[: len(ids)].long(), ids + bits)
 
 
+@pytest.mark.parametrize("padding", [True, False])
+@pytest.mark.parametrize(("n", "keys"), [(1, 5000), (8, 5003), (128, 700)])
+def test_column_lists_under_a_key_bias(n, keys, padding, device, poison):
+    """Groups without a masked key first, mixed ones (the ragged last one too) behind them, masked ones nowhere."""
+    case = Case("", m=32, n=n, batch=2, queries=70, keys=keys, density=0.5)
+    groups = make_groups(case)
+    visible = torch.rand(2, keys, generator=torch.Generator().manual_seed(1)) < 0.97
+    visible[:, 300:440] = False
+    visible[1, :200] = True
+    bias = torch.zeros(2, keys).masked_fill(~visible, -torch.inf).to(device)
+    mask = pack(groups, word_count(keys, n)).to(device)
+    made = column_lists.launch(mask, keys, n, bias=bias, padding=padding)
+    members = torch.nn.functional.pad(visible, (0, -keys % n)).unflatten(1, (-1, n))
+    size = torch.full((groups.shape[-1],), n)
+    size[-1] = keys - n * (groups.shape[-1] - 1)
+    for b, h, t in torch.cartesian_prod(torch.arange(2), torch.arange(2), torch.arange(3)).tolist():
+        kept = groups[b, h, t] & members[b].any(-1)
+        clean = kept & members[b].all(-1) & padding
+        ids = torch.cat([clean.nonzero()[:, 0], (kept & ~clean).nonzero()[:, 0]])
+        assert made.lists[b, h, t, : len(ids)].tolist() == ids.tolist()
+        assert made.keys[b, h, t] == size[kept].sum() and made.clean[b, h, t] == clean.sum() * n
+
+
 def test_mask_of_strided_heads(device):
     """A slice of the mask's heads is expanded without a copy."""
     groups = torch.rand(2, 3, 2, 300) < 0.4
     mask = pack(groups, word_count(300, 1)).to(device)
-    lists, kept, _ = column_lists.launch(mask[:, 1:], 300, 1)
+    lists, kept, *_ = column_lists.launch(mask[:, 1:], 300, 1)
     rebuilt = torch.zeros(2, 2, 2, 300, dtype=torch.bool)
     for index in torch.cartesian_prod(*map(torch.arange, (2, 2, 2))).tolist():
         rebuilt[tuple(index)][lists[tuple(index)][: kept[tuple(index)]].long().cpu()] = True
@@ -191,9 +216,10 @@ def test_work_order(shape, device, poison):
     """Heads by what they keep in all, tiles of a head by what they keep; equal ones by index."""
     keys = torch.randint(0, 9, shape, generator=torch.Generator().manual_seed(0)).to(torch.int32)
     keys[..., 0, :] = 3
-    work = work_order.launch(keys.to(device)).cpu().long()
+    clean = torch.arange(keys.numel(), dtype=torch.int32).view(shape)
+    work = work_order.launch(keys.to(device), clean.to(device)).cpu().long()
     heads = keys.flatten(0, 1).long()
     ranked = sorted(range(len(heads)), key=lambda h: -heads[h].sum())
     expected = [(h * shape[2] + x, heads[h, x]) for h in ranked for x in heads[h].sort(descending=True, stable=True)[1]]
-    assert work[:-1].tolist() == [[int(index), int(kept)] for index, kept in expected]
+    assert work[:-1, :3].tolist() == [[int(index), int(kept), int(index)] for index, kept in expected]
     assert work[-1, 0] == 0

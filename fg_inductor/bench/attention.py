@@ -227,9 +227,9 @@ def _lists_ms(mask: Tensor, keys: int, dim: int, m: int, n: int, kernel: str) ->
 
     def make():
         for part in parts:
-            _, kept, _ = column_lists.launch(part, keys, n, slices)
+            made = column_lists.launch(part, keys, n, slices)
             if kernel == "hopper":
-                work_order.launch(kept)
+                work_order.launch(made.keys, made.clean)
 
     return measure([make]).median
 

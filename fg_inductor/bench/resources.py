@@ -32,8 +32,8 @@ from fg_inductor.kernels import (
 
 COLUMNS = ["kernel", "variant", "registers", "stack", "shared", "HGMMA", "HMMA", "copies", "spill loads"]
 POINTERS = {
-    "lists_ptr": "*i32", "work_ptr": "*i32", "keys_ptr": "*i32", "order_ptr": "*i32", "mask_ptr": "*i32",
-    "limit_ptr": "*i32", "counts_ptr": "*i32",
+    "lists_ptr": "*i32", "work_ptr": "*i32", "keys_ptr": "*i32", "clean_keys_ptr": "*i32", "clean_ptr": "*i32",
+    "mixed_ptr": "*i32", "order_ptr": "*i32", "mask_ptr": "*i32", "limit_ptr": "*i32", "counts_ptr": "*i32",
     "lse_ptr": "*fp32", "bias_ptr": "*fp32", "score_ptr": "*fp32", "tail_bias_ptr": "*fp32",
     "group_keys_ptr": "*fp32", "block_keys_ptr": "*fp32", "block_bias_ptr": "*fp32",
     "forced_ptr": "*i8", "dense_ptr": "*i8",
@@ -169,7 +169,7 @@ def table() -> list[dict]:
     rows += [hopper(128, 1, 128), hopper(64, 8, 128), hopper(16, 8, 128), hopper(128, 8, 64), hopper(128, 8, 96)]
     rows += [hopper(128, 8, 128, bias=True), hopper(128, 8, 128, order=True, tail=True)]
     lists = dict(N=8, SUB=1, BLOCK=column_lists.BLOCK, BLOCK_W=128, SUMMARY=128, TAIL=False, HAS_BIAS=False)
-    absent = dict.fromkeys(("group_keys_ptr", "block_keys_ptr", "block_bias_ptr"))
+    absent = dict.fromkeys(("clean_ptr", "mixed_ptr", "group_keys_ptr", "block_keys_ptr", "block_bias_ptr"))
     rows.append(resources(column_lists._column_lists, "N 8", lists | absent | {"tail_bias_ptr": None}))
     rows.append(resources(column_lists._column_lists, "N 1 tail", lists | absent | {"N": 1, "TAIL": True}))
     rows.append(
