@@ -18,6 +18,9 @@ try:
 except ImportError:  # torch 2.11
     from torch.fx.experimental.symbolic_shapes import size_hint as optimization_hint
 
+# Calls that change how a tensor is stored, not what it says.
+CASTS = frozenset(("to", "type", "type_as", "float", "half", "bfloat16", "bool", "contiguous", "clone", "detach"))
+TRANSPOSES = frozenset(("transpose", "swapaxes", "swapdims", "permute", "t", "getattr"))
 VALUE_KEYS = ("example_value", "val")  # Dynamo's name and export's
 
 
@@ -80,6 +83,38 @@ def argument(node: Node, position: int, *keywords: str, default=None):
     if len(node.args) > position:
         return node.args[position]
     return next((node.kwargs[key] for key in keywords if key in node.kwargs), default)
+
+
+def is_contiguous(x: Tensor) -> bool:
+    """Whether the elements provably lie in the order of their indices."""
+    return all(same(x.stride(dim), product(x.shape[dim + 1 :])) for dim in range(x.dim()))
+
+
+def is_viewed(node: Node) -> bool:
+    """Whether a view is taken that depends on the strides of a result, which a rewrite may change."""
+    return any(name(user) == "view" or (name(user) in CASTS and is_viewed(user)) for user in node.users)
+
+
+def permutation(node: Node) -> list[int] | None:
+    """Which dimension of its input each dimension of the result is, if ``node`` is a transpose or a permutation."""
+    method = name(node)
+    if method not in TRANSPOSES or not node.args or not isinstance(x := value(node.args[0]), Tensor):
+        return None
+    order, rank = list(range(x.dim())), x.dim()
+    if method == "permute":
+        dims = argument(node, 1, "dims")
+        dims = node.args[1:] if isinstance(dims, int) else dims
+        return [d % rank for d in dims]
+    if method == "getattr" and node.args[1] not in ("T", "mT"):
+        return None
+    if method in ("t", "getattr"):
+        if rank < 2 or (rank > 2 and (method == "t" or node.args[1] == "T")):
+            return None
+        swap = [rank - 2, rank - 1]
+    else:
+        swap = [argument(node, i, f"dim{i - 1}", f"axis{i - 1}") % rank for i in (1, 2)]
+    order[swap[0]], order[swap[1]] = order[swap[1]], order[swap[0]]
+    return order
 
 
 def module_path(node: Node) -> str:

@@ -4,10 +4,9 @@ import torch
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from fg_inductor.passes.graph import call, known, name, names, same, shape_text, size_of, value
+from fg_inductor.passes.graph import CASTS, call, known, name, names, same, shape_text, size_of, value
 from fg_inductor.passes.program import Program
 
-CASTS = names("to type type_as float half bfloat16 bool contiguous clone detach")
 # An element of the result depends on the elements of the inputs at its own place alone.
 ELEMENTWISE = CASTS | names(
     "masked_fill where mul add sub rsub truediv div neg logical_not invert and_ or_ eq ne gt ge lt le"

@@ -16,6 +16,12 @@ VIEWS = names(
     "getitem view reshape transpose permute unsqueeze squeeze flatten unflatten select narrow expand chunk split "
     "split_with_sizes unbind view_as t swapaxes movedim"
 )
+# ``x += y`` and its like, and ``x[i] = y``.
+IN_PLACE = frozenset((
+    operator.setitem, operator.iadd, operator.isub, operator.imul, operator.imatmul, operator.itruediv,
+    operator.ifloordiv, operator.imod, operator.ipow, operator.ilshift, operator.irshift, operator.iand, operator.ior,
+    operator.ixor,
+))  # fmt: skip
 ALLOCATIONS = names("empty_like zeros_like ones_like full_like empty zeros new_empty new_zeros")
 
 
@@ -46,6 +52,10 @@ class Program:
     def activations(self, node: Node) -> list[Node]:
         """The inputs that are tensors and depend on the input of the graph: no weights, constants, sizes."""
         return [x for x in self.inputs(node) if x in self._data]
+
+    def is_data(self, node: Node) -> bool:
+        """Whether it is a tensor that depends on the input of the graph."""
+        return node in self._data
 
     def is_written(self, node: Node) -> bool:
         """Whether something is stored into the tensor, or into a view of it, after it was made."""
@@ -86,12 +96,11 @@ class Program:
         if name(node) == "getitem" and node.args[0] in self._results:
             result = self._results[node.args[0]][node.args[1]]
             self._border[node] = [result] if isinstance(result, Node) else []
-        in_place = node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__")
-        if node.target is operator.setitem or in_place:
-            base = node.args[0]
+        for target in written(node):
+            base = target
             while name(base) in VIEWS and isinstance(source := argument(base, 0, "input"), Node):
                 base = source
-            self._writes[base] += [n for n in node.all_input_nodes if n is not node.args[0]]
+            self._writes[base] += [n for n in node.all_input_nodes if n is not target]
             self._mark(base)
         self._mark(node)
 
@@ -103,6 +112,24 @@ class Program:
         elif _holds_tensors(value(node)) and (is_input or any(x in self._data for x in inputs)):
             self._weights.discard(node)
             self._data.add(node)
+
+
+def written(node: Node) -> list[Node]:
+    """The tensors that a call writes into: ``x[i] = y``, ``x += y``, ``x.add_(y)``, ``add(x, y, out=z)``, ..."""
+    if not node.op.startswith("call"):
+        return []
+    targets = [node.kwargs.get("out")]
+    if isinstance(node.target, torch._ops.OpOverload):
+        for position, parameter in enumerate(node.target._schema.arguments):
+            if parameter.is_write:
+                targets.append(argument(node, position, parameter.name))
+    elif node.args:
+        method = name(node)
+        in_place = node.target in IN_PLACE or (method.endswith("_") and not method.endswith("__"))
+        if in_place or node.kwargs.get("inplace") is True:
+            targets.append(node.args[0])
+    flat = [x for target in targets for x in (target if isinstance(target, (tuple, list)) else [target])]
+    return [x for x in flat if isinstance(x, Node) and (value(x) is None or _holds_tensors(value(x)))]
 
 
 def _child(module: GraphModule, node: Node) -> GraphModule | None:
