@@ -158,6 +158,20 @@ def call(graph: Graph, target, args: tuple, origin: Node, cast: torch.dtype | No
     return node
 
 
+def repeat_call(graph: Graph, node: Node, inputs: dict[Node, Node], origin: Node) -> Node:
+    """Insert the call that ``node`` makes, with other inputs."""
+    args, kwargs = (map_arg(x, lambda n: inputs.get(n, n)) for x in (node.args, node.kwargs))
+    if node.op == "call_function":
+        return call(graph, node.target, args, origin, **kwargs)
+    new = graph.call_method(node.target, args, kwargs)
+    new.meta = {key: x for key, x in origin.meta.items() if key in ("nn_module_stack", "stack_trace", "custom")}
+    key = next((key for key in VALUE_KEYS if key in origin.meta), VALUE_KEYS[0])
+    with fake_mode(origin) or contextlib.nullcontext():
+        tensor, *rest = map_arg(args, value)
+        new.meta[key] = getattr(tensor, node.target)(*rest, **map_arg(kwargs, value))
+    return new
+
+
 @dataclass(frozen=True)
 class Extent:
     """A size, and a tensor with the dimension that has it: where a graph can read it if it is symbolic."""

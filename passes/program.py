@@ -125,7 +125,11 @@ def written(node: Node) -> list[Node]:
                 targets.append(argument(node, position, parameter.name))
     elif node.args:
         method = name(node)
-        in_place = node.target in IN_PLACE or (method.endswith("_") and not method.endswith("__"))
+        in_place = node.target in IN_PLACE or (
+            method.endswith("_")
+            and not method.endswith("__")
+            and getattr(node.target, "__module__", "") != "_operator"  # and_, or_
+        )
         if in_place or node.kwargs.get("inplace") is True:
             targets.append(node.args[0])
     flat = [x for target in targets for x in (target if isinstance(target, (tuple, list)) else [target])]

@@ -116,9 +116,9 @@ class _Rewriter:
         of_queries, of_keys = self._segments(q, k)
         details = {"text": text} if (text := segments.ranges_text(of_keys)) else {}
         with graph.inserting_before(node):
-            bias = None
+            bias = valid_queries = None
             if attention.attn_mask is not None:
-                bias = key_mask.key_bias(graph, attention.attn_mask, q, k, node)
+                bias, valid_queries = key_mask.reduce(graph, self.program, attention.attn_mask, q, k, node)
                 details["key_mask"] = shape_text(value(attention.attn_mask))
             dense_keys, dense_queries = (segments.text_ranges(graph, x, node) for x in (of_keys, of_queries))
             order = self._order(q, of_queries, node, details)
@@ -130,6 +130,9 @@ class _Rewriter:
             attention_args = (q, k, v, mask, bias, order, *shape, settings.tail, min_seq, settings.kernel)
             result = call(graph, ops.attention, attention_args, node, cast)
             out = call(graph, operator.getitem, (result, 0), node)
+            if valid_queries is not None:
+                rows = call(graph, operator.getitem, (valid_queries, (slice(None), None, slice(None), None)), node)
+                out = call(graph, torch.ops.aten.where.ScalarOther, (rows, out, 0.0), node)
             if is_contiguous(value(node)) and is_viewed(node):
                 clone = torch.ops.aten.clone.default
                 out = call(graph, clone, (out,), node, memory_format=torch.contiguous_format)
