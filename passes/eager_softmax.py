@@ -109,10 +109,9 @@ def _match(softmax: Node, up: _Way, down: _Way) -> Form | None:
     refused = refused or _used_elsewhere(inside, down.inside, node) or _disturbed({*inside, *passed}, inside, node)
     dtype, problem = _compute_dtype(operands[0][0], operands[1][0], v, qk, node)
     return Form(
-        form=f"{name(qk.node)}, softmax, {name(node)}", original=node, q=operands[0], k=operands[1], v=(v, order_v),
-        out=[(p_batch + p_row + v_channel).index(c) for c in pv.letters[2]], scale=factor, masks=up.masks,
-        kept=up.kept, dropped=up.dropped, dropout_p=down.dropout_p, dtype=dtype, dead=[*inside, node],
-        refused=refused or problem,
+        f"{name(qk.node)}, softmax, {name(node)}", node, [*inside, node], refused or problem, q=operands[0],
+        k=operands[1], v=(v, order_v), out=[(p_batch + p_row + v_channel).index(c) for c in pv.letters[2]],
+        scale=factor, masks=up.masks, kept=up.kept, dropped=up.dropped, dropout_p=down.dropout_p, dtype=dtype,
     )  # fmt: skip
 
 

@@ -134,8 +134,9 @@ def module_path(node: Node) -> str:
 
 
 def fake_mode(node: Node):
-    """The fake mode of the values of a node's inputs. Dynamo gives backends another one: not to be mixed."""
-    fakes = (value(n) for n in node.all_input_nodes)
+    """The fake mode of the values of a node and its inputs. Dynamo gives backends another one: not to be mixed."""
+    values = (value(n) for n in (*node.all_input_nodes, node))
+    fakes = (x for item in values for x in (item if isinstance(item, (tuple, list)) else (item,)))
     return next((fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor)), None)
 
 

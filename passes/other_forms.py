@@ -2,10 +2,10 @@
 
 from torch.fx import GraphModule
 
-from fg_inductor.passes import eager_softmax
+from fg_inductor.passes import attention_calls, eager_softmax, multi_head
 from fg_inductor.passes.stand_in import StandIn, Unknown
 
-FORMS = (eager_softmax,)
+FORMS = (eager_softmax, attention_calls, multi_head)
 
 
 def insert(gm: GraphModule) -> tuple[list[StandIn], list[Unknown]]:

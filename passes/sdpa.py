@@ -56,7 +56,9 @@ def rewrite(gm: GraphModule, settings) -> list[Site]:
     rewriter = None
     try:
         program = Program(gm)
+        aside = {x.original for x in inserted}  # SDPA in a form of its own, beside its stand-in
         calls = [n for n in program.nodes if n.op == "call_function" and n.target in (*SDPA, ops.attention)]
+        calls = [n for n in calls if n not in aside]
         rest = [_left(x, len(calls) + i) for i, x in enumerate(unknown)]
         if not any(n.target in SDPA for n in calls):
             return rest

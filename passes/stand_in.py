@@ -73,41 +73,26 @@ class Unknown:
 
 
 @dataclass
-class Form:
-    """What a matcher found: attention of q, k and v, each [..., S, D] once its dimensions are in the given order.
+class Insertion:
+    """What a matcher found: where a stand-in goes; its subclasses build it.
 
-    q, k, v    (node, order of its dimensions); batch dimensions first, tokens and channels last
-    out        order of the dimensions of SDPA's result that gives the original's
-    scale      what the scores are multiplied by
-    masks      (tensor, factor): added to the scores
-    kept       conditions that are True where a key is kept; dropped: where it is masked
-    dtype      what q, k and v are cast to, if they are not as attention must have them
-    dead       the nodes that the original consists of, in order, itself last
+    form       how the attention was written
+    original   the node whose uses the stand-in takes over
+    dead       the nodes that the original consists of, in order
+    refused    (reason, detail) why the site must stay dense, if the form already says so
     """
 
     form: str
     original: Node
-    q: tuple[Node, list[int]]
-    k: tuple[Node, list[int]]
-    v: tuple[Node, list[int]]
-    out: list[int]
-    scale: float | None = None
-    masks: list[tuple[Node, float]] = field(default_factory=list)
-    kept: list[Node] = field(default_factory=list)
-    dropped: list[Node] = field(default_factory=list)
-    dtype: torch.dtype | None = None
-    dropout_p: object = 0.0
-    is_causal: bool = False
-    enable_gqa: bool = False
-    dead: list[Node] = field(default_factory=list)
-    refused: tuple[str, str] | None = None
+    dead: list[Node]
+    refused: tuple[str, str] | None
 
     def insert(self) -> StandIn:
         """Put the stand-in before the original."""
         graph, before = self.original.graph, self.original.prev
         try:
             with graph.inserting_before(self.original):
-                sdpa, result = self._build(graph)
+                sdpa, result = self.build(graph)
         except Exception:
             for node in reversed(_between(before, self.original)):
                 graph.erase_node(node)
@@ -116,54 +101,104 @@ class Form:
         added = _between(before, self.original)
         return StandIn(sdpa, self.form, self.original, result, tuple(added), tuple(self.dead), self.refused)
 
-    def _build(self, graph: Graph) -> tuple[Node, Node]:
-        origin = self.original
-        q, k, v = (permuted(graph, x, order, origin) for x, order in (self.q, self.k, self.v))
-        rank = value(self.original).dim()
-        if self.dtype is not None:
-            q, k, v = (call(graph, aten.to.dtype, (x, self.dtype), origin) for x in (q, k, v))
-        heads = heads_of((q, k, v), self.original) if rank == 3 else None
+    def build(self, graph: Graph) -> tuple[Node, Node]:
+        """Insert the nodes; (SDPA, what takes the place of the original)."""
+        raise NotImplementedError
+
+
+@dataclass
+class Form(Insertion):
+    """Attention of q, k and v that lie in the graph, each [..., S, D] once its dimensions are in the given order.
+
+    q, k, v    (node, order of its dimensions); batch dimensions first, tokens and channels last
+    out        order of the dimensions of SDPA's result that gives the original's
+    scale      what the scores are multiplied by; None: SDPA's default
+    masks      (tensor, factor): added to the scores
+    kept       conditions that are True where a key is kept; dropped: where it is masked
+    dtype      what q, k and v are cast to, if they are not as attention must have them
+    sequences  packed sequences of equal length, [sequences * S, H, D]: their number
+    """
+
+    q: tuple[Node, list[int]]
+    k: tuple[Node, list[int]]
+    v: tuple[Node, list[int]]
+    out: list[int]
+    scale: object = None
+    masks: list[tuple[Node, float]] = field(default_factory=list)
+    kept: list[Node] = field(default_factory=list)
+    dropped: list[Node] = field(default_factory=list)
+    dropout_p: object = 0.0
+    is_causal: object = False
+    enable_gqa: object = False
+    dtype: torch.dtype | None = None
+    sequences: int | None = None
+
+    def build(self, graph: Graph) -> tuple[Node, Node]:
+        origin, heads = self.original, None
+        q, k, v = (self._operand(graph, *x) for x in (self.q, self.k, self.v))
+        rank = value(q).dim()
+        if rank == 3:
+            heads = heads_of((q, k, v), origin)
         if heads is not None:
             q, k, v = (_unfold(graph, x, heads, origin) for x in (q, k, v))
         mask = self._mask(graph, heads)
+        kwargs = {"attn_mask": mask, "dropout_p": self.dropout_p, "is_causal": self.is_causal, "scale": self.scale}
         dtype = self.dtype or value(origin).dtype
-        scale = None if self.scale is None else float(self.scale)
-        sdpa = graph.call_function(SDPA, (q, k, v), {
-            "attn_mask": mask, "dropout_p": self.dropout_p, "is_causal": self.is_causal, "scale": scale,
-            "enable_gqa": self.enable_gqa,
-        })  # fmt: skip
-        shape = (*value(q).shape[:-1], value(v).shape[-1])
-        _annotate(sdpa, origin, lambda: value(q).new_empty(shape, dtype=dtype))
+        sdpa = sdpa_call(graph, (q, k, v), kwargs | {"enable_gqa": self.enable_gqa}, origin, dtype)
         result = sdpa
         if heads is not None:
             # As reshape, whatever the strides of the rewritten result.
             result = call(graph, aten.flatten.using_ints, (result, 0, 1), origin)
         if self.out != list(range(rank)):
             result = call(graph, aten.permute.default, (result, self.out), origin)
+        if self.sequences is not None:
+            result = call(graph, aten.flatten.using_ints, (result, 0, 1), origin)
         if value(origin).dtype != dtype:
             result = call(graph, aten.to.dtype, (result, value(origin).dtype), origin)
-        if result is not sdpa and is_contiguous(value(origin)) and is_viewed(origin):
-            result = call(graph, aten.clone.default, (result,), origin, memory_format=torch.contiguous_format)
-        return sdpa, result
+        return sdpa, as_original(graph, sdpa, result, origin)
+
+    def _operand(self, graph: Graph, node: Node, order: list[int]) -> Node:
+        if self.sequences is not None:
+            node = call(graph, aten.unflatten.int, (node, 0, [self.sequences, -1]), self.original)
+        node = permuted(graph, node, order, self.original)
+        return node if self.dtype is None else call(graph, aten.to.dtype, (node, self.dtype), self.original)
 
     def _mask(self, graph: Graph, heads: tuple[int, int] | None) -> Node | None:
-        origin, bools, floats = self.original, None, None
-
         def read(mask: Node) -> Node:
-            return _unfold(graph, mask, heads, origin) if heads and value(mask).dim() == 3 else mask
+            return _unfold(graph, mask, heads, self.original) if heads and value(mask).dim() == 3 else mask
 
-        for mask, factor in self.masks:
-            mask = read(mask)
-            if factor != 1:
-                mask = call(graph, aten.mul.Scalar, (mask, factor), origin)
-            floats = mask if floats is None else call(graph, aten.add.Tensor, (floats, mask), origin)
-        conditions = [read(mask) for mask in self.kept]
-        conditions += [call(graph, aten.logical_not.default, (read(mask),), origin) for mask in self.dropped]
-        for mask in conditions:
-            bools = mask if bools is None else call(graph, aten.logical_and.default, (bools, mask), origin)
-        if bools is None or floats is None:
-            return bools if floats is None else floats
-        return call(graph, aten.where.ScalarOther, (bools, floats, -torch.inf), origin)
+        masks = [(read(mask), factor) for mask, factor in self.masks]
+        kept, dropped = ([read(mask) for mask in masks] for masks in (self.kept, self.dropped))
+        return combined_mask(graph, masks, kept, dropped, self.original)
+
+
+def combined_mask(graph: Graph, masks, kept, dropped, origin: Node) -> Node | None:
+    """One mask of the sum of ``masks`` (tensor, factor) and of the conditions where keys are kept and dropped."""
+    bools = floats = None
+    for mask, factor in masks:
+        if factor != 1:
+            mask = call(graph, aten.mul.Scalar, (mask, factor), origin)
+        floats = mask if floats is None else call(graph, aten.add.Tensor, (floats, mask), origin)
+    for mask in (*kept, *(call(graph, aten.logical_not.default, (x,), origin) for x in dropped)):
+        bools = mask if bools is None else call(graph, aten.logical_and.default, (bools, mask), origin)
+    if bools is None or floats is None:
+        return bools if floats is None else floats
+    return call(graph, aten.where.ScalarOther, (bools, floats, -torch.inf), origin)
+
+
+def sdpa_call(graph: Graph, qkv: tuple[Node, Node, Node], kwargs: dict, origin: Node, dtype: torch.dtype) -> Node:
+    """Insert SDPA. Its value is not computed: it may have arguments that SDPA refuses and the site does, too."""
+    sdpa = graph.call_function(SDPA, qkv, kwargs)
+    q, _, v = map(value, qkv)
+    _annotate(sdpa, origin, lambda: q.new_empty((*q.shape[:-1], v.shape[-1]), dtype=dtype))
+    return sdpa
+
+
+def as_original(graph: Graph, sdpa: Node, result: Node, origin: Node) -> Node:
+    """``result`` with contiguous elements, where the original has them and a view is taken of it."""
+    if result is sdpa or not (is_contiguous(value(origin)) and is_viewed(origin)):
+        return result
+    return call(graph, aten.clone.default, (result,), origin, memory_format=torch.contiguous_format)
 
 
 def _between(first: Node, last: Node) -> list[Node]:
