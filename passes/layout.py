@@ -22,7 +22,7 @@ class Layout:
 
     def __init__(self, program: Program):
         self._marks: dict[Node, dict[int, tuple[Extent, ...]]] = {}
-        self._folded: set[Node] = set()
+        self._folded: dict[Node, set[int]] = {}  # dimensions that count frames or positions beside the batch
         for node in program.nodes:
             if _tensor(node) is not None:
                 self._visit(node, [x for x in program.inputs(node) if _tensor(x) is not None])
@@ -33,7 +33,7 @@ class Layout:
 
     def is_folded(self, node: Node) -> bool:
         """Whether the batch dimension counts frames or positions, by a reshape upstream: factorised attention."""
-        return node in self._folded
+        return 0 in self._folded.get(node, ())
 
     def _visit(self, node: Node, inputs: list[Node]) -> None:
         marks = _concatenated(node) if name(node) in ("cat", "concat") else {}
@@ -44,19 +44,22 @@ class Layout:
                     marks.setdefault(target, segments)
         if marks:
             self._marks[node] = marks
-        if any(self._folds(source, node) for source in inputs):
-            self._folded.add(node)
+        folded = {dim for source in inputs for dim in self._folds(source, node)}
+        if folded:
+            self._folded[node] = folded
 
-    def _folds(self, source: Node, node: Node) -> bool:
+    def _folds(self, source: Node, node: Node) -> set[int]:
+        """The dimensions of ``node`` that are folded, as its input ``source`` has it."""
         x, y = _tensor(source).shape, _tensor(node).shape
         if not x or not y:
-            return False
+            return set()
+        before = self._folded.get(source, ())
+        folded = {_carried(source, dim, node) for dim in before} - {None}
         if same(x[0], y[0]):
-            return source in self._folded
-        if name(node) not in RESHAPES or _adds_dimension(source):
-            return False
+            return folded | ({0} if 0 in before else set())
         # A reshape keeps the order of elements: a multiple of the batch counts something that came after it.
-        return not same(x[0], 0) and same(y[0] % x[0], 0)
+        multiple = name(node) in RESHAPES and not _adds_dimension(source) and not same(x[0], 0)
+        return folded | {0} if multiple and same(y[0] % x[0], 0) else folded
 
 
 def _adds_dimension(node: Node) -> bool:

@@ -94,7 +94,9 @@ class _Rewriter:
             written = stand_in and stand_in.refused
             refused = refusal(attention, row["kind"], self.program, self.layout, self.settings, written)
             if refused:
-                return Site(**row, decision="dense", reason=refused.reason, detail=refused.detail, video=refused.video)
+                how = {"written as": stand_in.form} if stand_in else {}
+                reasons = {"reason": refused.reason, "detail": refused.detail, "video": refused.video}
+                return Site(**row, decision="dense", **reasons, details=how)
             min_seq, details = self._replace(attention, index)
             if stand_in:
                 details["written as"] = stand_in.form

@@ -5,7 +5,6 @@
 """
 
 import dataclasses
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -28,19 +27,21 @@ MASKED = ("self", "mask is not a key mask")
 FACTORISED = ("self", "factorised attention")
 CONVOLUTIONAL = ("self", "convolutional projections")
 FLEX = ("unknown", "flex attention")
+FACES = ("mixed", "shorter than min_seq")
 
 
 @dataclasses.dataclass
 class Model:
     """A model, the keyword arguments of one call, and what is expected.
 
-    sites      (kind, reason) in the order of execution; the reason of a rewritten site is ""
+    sites      (kind, reason) in the order of execution, flex attention last; the reason of a rewritten site is ""
     text       where the text of the rewritten sites lies, the beginning of it
-    grid       whether the graph shows the token grid
+    grids      the token grid that the pass finds for the rewritten sites, in order; one for all, none: ""
     key_mask   whether the rewritten sites are masked by keys
     fullgraph  whether Dynamo traces it as one graph
-    blocks     whether ``compile_repeated_blocks`` is tested
-    trains     whether a training step is tested
+    blocks     whether diffusers names its repeated blocks, so that ``compile_repeated_blocks`` can compile them
+    trains     whether it trains under AOTAutograd as it is, without this package
+    checkpoints whether Dynamo traces its gradient checkpointing
     by_default whether it belongs to the representative few that every run tests
     note       for the table of models
     """
@@ -49,11 +50,12 @@ class Model:
     inputs: Callable[[], dict[str, Any]]
     sites: list[tuple[str, str]]
     text: str = ""
-    grid: bool = True
+    grids: tuple[str, ...] = (GRID,)
     key_mask: bool = False
     fullgraph: bool = True
     blocks: bool = True
     trains: bool = True
+    checkpoints: bool = True
     by_default: bool = False
     note: str = ""
 
@@ -71,14 +73,24 @@ def diffusers():
     return diffusers
 
 
-def _build(name: str, *positional: Any, part: str = "", **config: Any) -> Callable[[], nn.Module]:
-    """A class of diffusers by its name, which an older version may not have: AttributeError when it is built."""
+@dataclasses.dataclass
+class Build:
+    """Builds a class of diffusers by its name, which an older version may not have: AttributeError when called."""
 
-    def build() -> nn.Module:
-        model = getattr(diffusers(), name)(*positional, **config)
-        return getattr(model, part) if part else model
+    name: str
+    config: dict[str, Any]
+    part: str = ""
 
-    return build
+    def __init__(self, name: str, part: str = "", **config: Any):
+        self.name, self.part, self.config = name, part, config
+
+    def __call__(self) -> nn.Module:
+        model = getattr(diffusers(), self.name)(**self.config)
+        return getattr(model, self.part) if self.part else model
+
+
+def class_name(case: "Model") -> str:
+    return case.build.name
 
 
 def randomise(model: nn.Module) -> nn.Module:
@@ -130,22 +142,20 @@ def wan_image_inputs() -> dict[str, Any]:
     return inputs | {"encoder_hidden_states": torch.randn(1, 512, 16)}
 
 
-MODELS["Wan 2.1/2.2 T2V"] = Model(
-    _build("WanTransformer3DModel", **WAN), wan_inputs, [SELF, CROSS] * 2, by_default=True
-)
+MODELS["Wan 2.1/2.2 T2V"] = Model(Build("WanTransformer3DModel", **WAN), wan_inputs, [SELF, CROSS] * 2, by_default=True)
 MODELS["Wan 2.1/2.2 T2V, batch of 2"] = Model(
-    _build("WanTransformer3DModel", **WAN), lambda: wan_inputs(2), [SELF, CROSS] * 2
+    Build("WanTransformer3DModel", **WAN), lambda: wan_inputs(2), [SELF, CROSS] * 2
 )
 MODELS["Wan 2.2 TI2V"] = Model(
-    _build("WanTransformer3DModel", **WAN), lambda: wan_inputs() | {"timestep": torch.full((1, VIDEO), 500.0)},
+    Build("WanTransformer3DModel", **WAN), lambda: wan_inputs() | {"timestep": torch.full((1, VIDEO), 500.0)},
     [SELF, CROSS] * 2, note="a timestep for each token",
 )  # fmt: skip
 MODELS["Wan 2.1 I2V"] = Model(
-    _build("WanTransformer3DModel", **WAN, image_dim=24, added_kv_proj_dim=64), wan_image_inputs,
+    Build("WanTransformer3DModel", **WAN, image_dim=24, added_kv_proj_dim=64), wan_image_inputs,
     [SELF, CROSS, CROSS] * 2, by_default=True,
 )  # fmt: skip
 MODELS["Wan VACE"] = Model(
-    _build("WanVACETransformer3DModel", **WAN, vace_layers=[0], vace_in_channels=12),
+    Build("WanVACETransformer3DModel", **WAN, vace_layers=[0], vace_in_channels=12),
     lambda: wan_inputs() | {"control_hidden_states": latents(12)}, [SELF, CROSS] * 3,
 )  # fmt: skip
 
@@ -158,13 +168,14 @@ def wan_animate_inputs() -> dict[str, Any]:
 
 
 MODELS["Wan Animate"] = Model(
-    _build(
+    Build(
         "WanAnimateTransformer3DModel", **WAN | {"in_channels": 12}, latent_channels=4, image_dim=24,
         added_kv_proj_dim=64, motion_encoder_channel_sizes={"4": 16, "8": 16, "16": 16}, motion_encoder_size=16,
         motion_style_dim=8, motion_dim=4, motion_encoder_dim=16, face_encoder_hidden_dim=16,
         face_encoder_num_heads=2, inject_face_latents_blocks=1,
     ),
-    wan_animate_inputs, [SELF, CROSS, CROSS, CROSS] * 2, grid=False, note="one reference frame beside the video",
+    wan_animate_inputs, [SELF, CROSS, CROSS, CROSS] * 2, grids=("4x4x5",), trains=False,
+    note="one reference frame beside the video",
 )  # fmt: skip
 
 
@@ -180,14 +191,14 @@ def wan_animate2_inputs() -> dict[str, Any]:
 
 
 MODELS["Wan Animate 2"] = Model(
-    _build(
+    Build(
         "WanAnimate2Transformer3DModel", patch_size=(1, 2, 2), text_len=16, in_dim=8, dim=128, ffn_dim=64, freq_dim=64,
         text_dim=16, out_dim=4, num_heads=4, num_layers=1, use_img_emb=True,
     ),
-    wan_animate2_inputs, [UNKNOWN, CROSS, CROSS], grid=False, fullgraph=False, blocks=False, trains=False,
+    wan_animate2_inputs, [UNKNOWN, CROSS, CROSS], grids=("",), fullgraph=False, blocks=False, trains=False,
     note="graph breaks leave the projections out of the graph; its cached pass uses flex attention",
 )  # fmt: skip
-MODELS["SkyReels V2"] = Model(_build("SkyReelsV2Transformer3DModel", **WAN), wan_inputs, [SELF, CROSS] * 2)
+MODELS["SkyReels V2"] = Model(Build("SkyReelsV2Transformer3DModel", **WAN), wan_inputs, [SELF, CROSS] * 2)
 
 
 def skyreels_inputs() -> dict[str, Any]:
@@ -198,10 +209,10 @@ def skyreels_inputs() -> dict[str, Any]:
 
 
 MODELS["SkyReels V2 DF"] = Model(
-    _build("SkyReelsV2Transformer3DModel", **WAN, num_frame_per_block=2, inject_sample_info=True), skyreels_inputs,
+    Build("SkyReelsV2Transformer3DModel", **WAN, num_frame_per_block=2, inject_sample_info=True), skyreels_inputs,
     [MASKED, CROSS] * 2, note="causal from block of frames to block",
 )  # fmt: skip
-MODELS["ChronoEdit"] = Model(_build("ChronoEditTransformer3DModel", **WAN), wan_inputs, [SELF, CROSS] * 2)
+MODELS["ChronoEdit"] = Model(Build("ChronoEditTransformer3DModel", **WAN), wan_inputs, [SELF, CROSS] * 2)
 
 
 def helios_inputs() -> dict[str, Any]:
@@ -212,12 +223,12 @@ def helios_inputs() -> dict[str, Any]:
 
 
 MODELS["Helios"] = Model(
-    _build(
+    Build(
         "HeliosTransformer3DModel",
         **{name: x for name, x in WAN.items() if name != "rope_max_seq_len"} | {"attention_head_dim": 12},
         rope_dim=(4, 4, 4),
     ),
-    helios_inputs, [SELF, CROSS] * 2, grid=False, note="history at several resolutions before the video",
+    helios_inputs, [SELF, CROSS] * 2, grids=("", GRID), note="history at several resolutions before the video",
 )  # fmt: skip
 
 
@@ -228,10 +239,10 @@ def anyflow_inputs(frames: int = FRAMES, width: int = WIDTH) -> dict[str, Any]:
     }  # fmt: skip
 
 
-MODELS["AnyFlow"] = Model(_build("AnyFlowTransformer3DModel", **WAN), anyflow_inputs, [SELF, CROSS] * 2)
+MODELS["AnyFlow"] = Model(Build("AnyFlowTransformer3DModel", **WAN), anyflow_inputs, [SELF, CROSS] * 2)
 MODELS["AnyFlow FAR"] = Model(
-    _build("AnyFlowFARTransformer3DModel", **WAN, compressed_patch_size=(1, 4, 4), full_chunk_limit=3),
-    lambda: anyflow_inputs(4, 8) | {"chunk_partition": [2, 2]}, [FLEX, CROSS] * 2, trains=False,
+    Build("AnyFlowFARTransformer3DModel", **WAN, compressed_patch_size=(1, 4, 4), full_chunk_limit=3),
+    lambda: anyflow_inputs(4, 8) | {"chunk_partition": [2, 2]}, [CROSS, CROSS, FLEX, FLEX], trains=False,
     note="flex attention over causal chunks",
 )  # fmt: skip
 
@@ -250,12 +261,12 @@ def hunyuan_inputs() -> dict[str, Any]:
 
 
 MODELS["HunyuanVideo"] = Model(
-    _build("HunyuanVideoTransformer3DModel", **HUNYUAN), hunyuan_inputs, [SHORT, JOINT, SELF], "60:6", key_mask=True,
+    Build("HunyuanVideoTransformer3DModel", **HUNYUAN), hunyuan_inputs, [SHORT, JOINT, SELF], "60:6", key_mask=True,
     by_default=True, note="padded text is masked",
 )  # fmt: skip
 MODELS["HunyuanVideo I2V"] = Model(
-    _build("HunyuanVideoTransformer3DModel", **HUNYUAN, image_condition_type="token_replace"), hunyuan_inputs,
-    [SHORT, JOINT, SELF], "60:6", key_mask=True,
+    Build("HunyuanVideoTransformer3DModel", **HUNYUAN, image_condition_type="token_replace"), hunyuan_inputs,
+    [SHORT, JOINT, SELF], "60:6", key_mask=True, blocks=False,
 )  # fmt: skip
 
 
@@ -268,13 +279,13 @@ def hunyuan15_inputs() -> dict[str, Any]:
 
 
 MODELS["HunyuanVideo 1.5"] = Model(
-    _build(
+    Build(
         "HunyuanVideo15Transformer3DModel", in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=32,
         num_layers=2, num_refiner_layers=1, mlp_ratio=2.0, patch_size=1, patch_size_t=1, text_embed_dim=16,
         text_embed_2_dim=10, image_embed_dim=12, rope_axes_dim=(8, 12, 12), target_size=16, task_type="t2v",
     ),
-    hunyuan15_inputs, [SHORT, JOINT, JOINT], "60:7", key_mask=True, fullgraph=False, grid=False, by_default=True,
-    note="its mask of N x N is never built; three graphs",
+    hunyuan15_inputs, [SHORT, JOINT], "60:7", key_mask=True, fullgraph=False, grids=("",), by_default=True,
+    note="the mask of N x N is never built; three graphs, one for all layers",
 )  # fmt: skip
 
 
@@ -288,14 +299,15 @@ def framepack_inputs() -> dict[str, Any]:
 
 
 MODELS["HunyuanVideo Framepack"] = Model(
-    _build(
+    Build(
         "HunyuanVideoFramepackTransformer3DModel", **HUNYUAN, has_image_proj=True, image_proj_dim=16,
         has_clean_x_embedder=True,
     ),
-    framepack_inputs, [SHORT, JOINT, SELF], "110:", grid=False, note="history beside the video; valid text alone",
+    framepack_inputs, [SHORT, JOINT, SELF], "110:", grids=("",), blocks=False,
+    note="history beside the video; valid text alone",
 )  # fmt: skip
 MODELS["Motif Video"] = Model(
-    _build(
+    Build(
         "MotifVideoTransformer3DModel", in_channels=9, out_channels=4, num_attention_heads=2, attention_head_dim=32,
         num_layers=1, num_single_layers=1, patch_size=2, patch_size_t=1, text_embed_dim=16, image_embed_dim=None,
         rope_axes_dim=(8, 12, 12),
@@ -325,38 +337,44 @@ def cogvideox_rope_inputs() -> dict[str, Any]:
 
 
 MODELS["CogVideoX 2B"] = Model(
-    _build("CogVideoXTransformer3DModel", **COGVIDEOX), cogvideox_inputs, [SELF, SELF], "0:7", by_default=True
+    Build("CogVideoXTransformer3DModel", **COGVIDEOX),
+    cogvideox_inputs,
+    [SELF, SELF],
+    "0:7",
+    blocks=False,
+    by_default=True,
 )
 MODELS["CogVideoX 5B, 1.5"] = Model(
-    _build(
+    Build(
         "CogVideoXTransformer3DModel", **COGVIDEOX | {"attention_head_dim": 64}, use_rotary_positional_embeddings=True
     ),
-    cogvideox_rope_inputs, [SELF, SELF], "0:7",
+    cogvideox_rope_inputs, [SELF, SELF], "0:7", blocks=False,
 )  # fmt: skip
 MODELS["ConsisID"] = Model(
-    _build(
+    Build(
         "ConsisIDTransformer3DModel", **COGVIDEOX | {"num_layers": 1}, cross_attn_interval=1, is_train_face=True,
         cross_attn_dim_head=8, cross_attn_num_heads=1, LFE_id_dim=2, LFE_vit_dim=2, LFE_depth=5, LFE_dim_head=8,
         LFE_num_heads=2, LFE_num_id_token=1, LFE_num_querie=3, LFE_output_dim=42, LFE_ff_mult=1, LFE_num_scale=1,
     ),
     lambda: cogvideox_inputs() | {"id_vit_hidden": [torch.ones(1, 2, 2)], "id_cond": torch.ones(1, 2)},
-    [SELF], "0:7", note="the attention to faces, written by hand, stays",
+    [*[FACES] * 5, SELF, CROSS], "0:7", blocks=False, note="its attention to faces, written by hand, is short",
 )  # fmt: skip
 MODELS["EasyAnimate"] = Model(
-    _build(
+    Build(
         "EasyAnimateTransformer3DModel", attention_head_dim=32, num_attention_heads=2, in_channels=4, mmdit_layers=1,
         num_layers=2, out_channels=4, patch_size=2, sample_height=60, sample_width=90, text_embed_dim=16,
         time_embed_dim=8,
     ),
-    lambda: {"hidden_states": latents(), **common()}, [JOINT, SELF], "0:7",
+    lambda: {"hidden_states": latents(), **common()}, [JOINT, SELF], "0:7", blocks=False,
 )  # fmt: skip
 MODELS["Mochi"] = Model(
-    _build(
+    Build(
         "MochiTransformer3DModel", num_attention_heads=2, attention_head_dim=32, num_layers=2, pooled_projection_dim=16,
         in_channels=4, text_embed_dim=16, time_embed_dim=4, max_sequence_length=TEXT,
     ),
     lambda: {"hidden_states": latents(), **common(), "encoder_attention_mask": padded_text().bool()},
-    [CROSS, JOINT, JOINT], "60:u", by_default=True, note="valid text alone, so that its length is known at run time",
+    [CROSS, JOINT, JOINT], "60:u", blocks=False, by_default=True,
+    note="valid text alone, so that its length is known at run time",
 )  # fmt: skip
 MODELS["Mochi, batch of 2"] = Model(
     MODELS["Mochi"].build,
@@ -364,7 +382,7 @@ MODELS["Mochi, batch of 2"] = Model(
         "hidden_states": latents(batch=2), **common(batch=2),
         "encoder_attention_mask": torch.arange(TEXT) < torch.tensor([[5], [3]]),
     },
-    [CROSS, JOINT, JOINT, JOINT, JOINT], "60:u", note="one site for each batch entry",
+    [CROSS, JOINT, JOINT, JOINT, JOINT], "60:u", blocks=False, note="one site for each batch entry",
 )  # fmt: skip
 
 # Cross attention to the text
@@ -376,7 +394,7 @@ def ltx_inputs() -> dict[str, Any]:
 
 
 MODELS["LTX-Video"] = Model(
-    _build(
+    Build(
         "LTXVideoTransformer3DModel", in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=32,
         cross_attention_dim=64, num_layers=1, caption_channels=16,
     ),
@@ -393,7 +411,7 @@ def ltx2_inputs() -> dict[str, Any]:
 
 
 MODELS["LTX-2"] = Model(
-    _build(
+    Build(
         "LTX2VideoTransformer3DModel", in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=32,
         cross_attention_dim=64, audio_in_channels=4, audio_out_channels=4, audio_num_attention_heads=2,
         audio_attention_head_dim=16, audio_cross_attention_dim=32, num_layers=1, caption_channels=16,
@@ -413,7 +431,7 @@ def allegro_inputs() -> dict[str, Any]:
 
 
 MODELS["Allegro"] = Model(
-    _build(
+    Build(
         "AllegroTransformer3DModel", num_attention_heads=2, attention_head_dim=24, in_channels=4, out_channels=4,
         num_layers=1, cross_attention_dim=48, sample_width=2 * WIDTH, sample_height=2 * HEIGHT, sample_frames=FRAMES,
         caption_channels=16,
@@ -421,7 +439,7 @@ MODELS["Allegro"] = Model(
     allegro_inputs, [SELF, CROSS], key_mask=True, by_default=True, blocks=False,
 )  # fmt: skip
 MODELS["Cosmos Predict 1, 2"] = Model(
-    _build(
+    Build(
         "CosmosTransformer3DModel", in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=32,
         num_layers=1, mlp_ratio=2, text_embed_dim=16, adaln_lora_dim=4, max_size=(8, 32, 32), patch_size=(1, 2, 2),
         concat_padding_mask=False, extra_pos_embed_type="learnable",
@@ -444,12 +462,13 @@ def cosmos3_inputs() -> dict[str, Any]:
 
 
 MODELS["Cosmos 3"] = Model(
-    _build(
+    Build(
         "Cosmos3OmniTransformer", head_dim=32, hidden_size=64, intermediate_size=24, latent_channel=2,
         latent_patch_size=1, num_attention_heads=2, num_hidden_layers=1, num_key_value_heads=1, patch_latent_dim=2,
         rms_norm_eps=1e-5, rope_axes_dim=[4, 6, 6], vocab_size=32,
     ),
-    cosmos3_inputs, [CAUSAL, MIXED], "0:7", by_default=True, note="video attends to text and video, grouped heads",
+    cosmos3_inputs, [CAUSAL, MIXED], "0:7", checkpoints=False, by_default=True,
+    note="video attends to text and video, grouped heads",
 )  # fmt: skip
 
 KANDINSKY = {
@@ -468,7 +487,7 @@ def kandinsky_inputs(frames: int = FRAMES, height: int = HEIGHT, width: int = WI
 
 
 MODELS["Kandinsky 5"] = Model(
-    _build("Kandinsky5Transformer3DModel", **KANDINSKY, patch_size=(1, 2, 2)), kandinsky_inputs, [SHORT, SELF, CROSS]
+    Build("Kandinsky5Transformer3DModel", **KANDINSKY, patch_size=(1, 2, 2)), kandinsky_inputs, [SHORT, SELF, CROSS]
 )
 
 
@@ -478,8 +497,8 @@ def kandinsky6_inputs() -> dict[str, Any]:
 
 
 MODELS["Kandinsky 6"] = Model(
-    _build("Kandinsky6Transformer3DModel", **KANDINSKY, visual_cond=False, in_audio_dim=4, out_audio_dim=4),
-    kandinsky6_inputs, [SHORT, SELF, SHORT, CROSS, CROSS, CROSS, CROSS], note="with audio",
+    Build("Kandinsky6Transformer3DModel", **KANDINSKY, visual_cond=False, in_audio_dim=4, out_audio_dim=4),
+    kandinsky6_inputs, [SHORT, SHORT, SELF, CROSS, SHORT, CROSS, CROSS, CROSS], note="with audio",
 )  # fmt: skip
 
 
@@ -497,19 +516,19 @@ def minimax_inputs() -> dict[str, Any]:
 
 
 MODELS["MiniMax H3"] = Model(
-    _build(
+    Build(
         "MiniMaxH3Transformer3DModel", num_attention_heads=2, attention_head_dim=32, hidden_size=48, num_layers=1,
         num_refiner_layers=1, ffn_dim=32, in_channels=4, audio_in_channels=6, patch_size=(1, 2, 2), text_dim=8,
         freq_dim=8, time_embed_hidden_dim=24, time_embed_dim=16, rope_freq_dim=4,
     ),
-    minimax_inputs, [SHORT, SELF], grid=False, note="text, audio and video packed by index tensors",
+    minimax_inputs, [SHORT, SELF], grids=("",), note="text, audio and video packed by index tensors",
 )  # fmt: skip
 
 # Nothing to rewrite
 
 
 MODELS["Latte"] = Model(
-    _build(
+    Build(
         "LatteTransformer3DModel", sample_size=16, num_layers=1, patch_size=2, attention_head_dim=16,
         num_attention_heads=2, caption_channels=16, in_channels=4, cross_attention_dim=32, out_channels=8,
         attention_bias=True, norm_elementwise_affine=False, norm_type="ada_norm_single", num_embeds_ada_norm=1000,
@@ -519,7 +538,7 @@ MODELS["Latte"] = Model(
     [FACTORISED, CROSS, FACTORISED], by_default=True, blocks=False, note="factorised over frames and positions",
 )  # fmt: skip
 MODELS["Sana Video"] = Model(
-    _build(
+    Build(
         "SanaVideoTransformer3DModel", in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=12,
         num_layers=1, num_cross_attention_heads=2, cross_attention_head_dim=12, cross_attention_dim=24,
         caption_channels=16, sample_size=8, rope_max_seq_len=32,
@@ -529,10 +548,11 @@ MODELS["Sana Video"] = Model(
 )  # fmt: skip
 
 
-def nabla() -> nn.Module:
-    model = _build("Kandinsky5Transformer3DModel", **KANDINSKY, patch_size=(1, 2, 2), attention_type="nabla")()
-    model.set_attention_backend("flex")
-    return model
+class Nabla(Build):
+    def __call__(self) -> nn.Module:
+        model = super().__call__()
+        model.set_attention_backend("flex")
+        return model
 
 
 def nabla_inputs() -> dict[str, Any]:
@@ -544,10 +564,15 @@ def nabla_inputs() -> dict[str, Any]:
 
 
 MODELS["Kandinsky 5 NABLA"] = Model(
-    nabla, nabla_inputs, [FLEX, FLEX, FLEX], trains=False, blocks=False, note="flex attention, sparse already"
+    Nabla("Kandinsky5Transformer3DModel", **KANDINSKY, patch_size=(1, 2, 2), attention_type="nabla"),
+    nabla_inputs,
+    [FLEX, FLEX, FLEX],
+    trains=False,
+    blocks=False,
+    note="flex attention, sparse already",
 )
 MODELS["Stable Video Diffusion"] = Model(
-    _build(
+    Build(
         "UNetSpatioTemporalConditionModel", sample_size=8, in_channels=8, out_channels=4, block_out_channels=(32, 64),
         down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
         up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"), cross_attention_dim=32,
@@ -558,17 +583,17 @@ MODELS["Stable Video Diffusion"] = Model(
         "sample": torch.randn(1, 48, 8, 8, 8), "timestep": torch.tensor([5.0]),
         "encoder_hidden_states": torch.randn(1, 1, 32), "added_time_ids": torch.randn(1, 3), "return_dict": False,
     },
-    [], blocks=False, note="factorised over frames and positions",
+    [FACTORISED, CROSS] * 8, blocks=False, note="factorised over frames and positions",
 )  # fmt: skip
 MODELS["Wan VAE"] = Model(
-    _build(
+    Build(
         "AutoencoderKLWan", part="decoder", base_dim=8, z_dim=4, dim_mult=[1, 2], num_res_blocks=1,
         temperal_downsample=[True], latents_mean=[0.0] * 4, latents_std=[1.0] * 4,
     ),
     lambda: {"x": torch.randn(1, 4, 1, 8, 10)}, [CONVOLUTIONAL], blocks=False, by_default=True,
 )  # fmt: skip
 MODELS["HunyuanVideo VAE"] = Model(
-    _build(
+    Build(
         "AutoencoderKLHunyuanVideo", part="decoder", block_out_channels=(16, 16),
         down_block_types=("HunyuanVideoDownBlock3D",) * 2, up_block_types=("HunyuanVideoUpBlock3D",) * 2,
         layers_per_block=1, norm_num_groups=4, latent_channels=4, spatial_compression_ratio=4,
@@ -588,12 +613,38 @@ LEFT_OUT = {
 }
 
 
+def sites_text(case: Model) -> str:
+    """``self, cross (2 layers)``: the sites in words, repeats folded."""
+    counts: dict[tuple[str, str], int] = {}
+    for site in case.sites:
+        counts[site] = counts.get(site, 0) + 1
+    kinds = {CONVOLUTIONAL: "convolutional", FACTORISED: "factorised", FLEX: "flex", CAUSAL: "causal", FACES: "faces"}
+    kinds |= {SHORT: "short self", MASKED: "masked self", CROSS: "cross", UNKNOWN: "self by its lengths"}
+    names = {site: kinds.get(site, site[0]) for site in counts}
+    return ", ".join(f"**{names[site]}**" if not site[1] else names[site] for site in counts)
+
+
 def table() -> str:
-    """The models as a Markdown table."""
-    lines = ["| model | class | attention sites of a block | rewritten | notes |", "| --- | --- | --- | --- | --- |"]
+    """The models as a Markdown table; kinds of attention that are rewritten in bold."""
+    lines = ["| model | class in diffusers | attention | notes |", "| --- | --- | --- | --- |"]
+    for name, case in MODELS.items():
+        if "batch of" not in name:
+            lines.append(f"| {name} | `{class_name(case)}` | {sites_text(case)} | {case.note} |")
     return "\n".join(lines)
 
 
+BEGIN, END = "<!-- models: begin -->", "<!-- models: end -->"
+
+
+def updated(readme: str) -> str:
+    """README with the table of models made anew. Raises ValueError where a marker is missing."""
+    before, begin, rest = readme.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not begin or not end:
+        raise ValueError(f"README.md needs both {BEGIN!r} and {END!r}")
+    return f"{before}{BEGIN}\n{table()}\n{END}{after}"
+
+
 if __name__ == "__main__":
-    root = Path(__file__).resolve().parent.parent
-    sys.exit(f"see {root}")
+    path = Path(__file__).resolve().parent.parent / "README.md"
+    path.write_text(updated(path.read_text()))
