@@ -50,7 +50,7 @@ def fgattn(
     graph_id = str(torch._guards.CompileContext.current_compile_id())
     before = gm.print_readable(print_output=False) if log.isEnabledFor(logging.DEBUG) else None
     with dynamo_timed("fgattn_pass", log_pt2_compile_event=True):
-        rows = rewrite(gm, settings, graph_id)
+        rows = rewrite_graph(gm, settings, graph_id)
         _check_strict(rows, settings)
         rewritten = any(row.site.rewritten for row in rows)
         meter = Meter(density.add_outputs(gm)) if settings.stats and rewritten else None
@@ -87,7 +87,7 @@ def explain(model: Callable, *args, options: dict[str, Any] | None = None, **kwa
         graph_id = str(torch._guards.CompileContext.current_compile_id())
         # A copy, but for the weights: what runs is the graph as it was.
         weights = {id(x): x for x in (*gm.parameters(), *gm.buffers())}
-        rows.extend(rewrite(copy.deepcopy(gm, weights), settings, graph_id))
+        rows.extend(rewrite_graph(copy.deepcopy(gm, weights), settings, graph_id))
         return gm.forward
 
     def run():
@@ -97,6 +97,27 @@ def explain(model: Callable, *args, options: dict[str, Any] | None = None, **kwa
     run.__code__ = run.__code__.replace()
     torch.compile(run, backend=trace)()
     return Report({(row.graph, row.site.path, row.site.index): row for row in rows}.values())
+
+
+def rewrite(gm: GraphModule, options: dict[str, Any] | None = None) -> Report:
+    """Rewrite the attention of a graph in place, and say what became of each site: for ``torch.export``.
+
+        program = torch.export.export(model, args)
+        gm = program.module()
+        print(fg_inductor.rewrite(gm, {"fgattn.top_p": 0.9}))
+
+    ``torch.export`` knows no backends, so the graph is rewritten behind it; it can be run, compiled, or exported again.
+    Options of Inductor are refused: nothing is compiled here. Raises TypeError for anything but a GraphModule.
+    """
+    if not isinstance(gm, GraphModule):
+        hint = "pass program.module()" if isinstance(gm, torch.export.ExportedProgram) else "export or trace it first"
+        raise TypeError(f"fg_inductor.rewrite takes a torch.fx.GraphModule, got {type(gm).__name__}; {hint}.")
+    settings, patches = read_options(None, options)
+    if patches:
+        raise ValueError(f"fg_inductor.rewrite compiles nothing, so that {', '.join(patches)} would have no effect.")
+    rows = rewrite_graph(gm, settings, "exported")
+    _check_strict(rows, settings)
+    return Report(rows)
 
 
 # Options
@@ -146,7 +167,7 @@ def _suggest(name: Any, names: Iterable[str], otherwise: str) -> str:
 # The pass
 
 
-def rewrite(gm: GraphModule, settings: Settings, graph_id: str) -> list[Row]:
+def rewrite_graph(gm: GraphModule, settings: Settings, graph_id: str) -> list[Row]:
     """Rewrite the sites of a graph in place. An error of the pass is a reason to stay dense, unless ``strict``."""
     try:
         sites = sdpa.rewrite(gm, settings)

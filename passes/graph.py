@@ -4,6 +4,7 @@ import contextlib
 import functools
 import operator
 import re
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -59,7 +60,8 @@ def value(node):
     """The fake value of a node, or None."""
     if not isinstance(node, Node):
         return None
-    return next((node.meta[key] for key in VALUE_KEYS if key in node.meta), None)
+    meta = node.meta
+    return meta["example_value"] if "example_value" in meta else meta.get("val")
 
 
 def name(node: Node) -> str:
@@ -67,7 +69,14 @@ def name(node: Node) -> str:
 
     "" for a node that calls nothing: Dynamo names inputs of child graphs after the calls that made them.
     """
-    target = node.target if node.op.startswith("call") else ""
+    op, target = node.op, node.target
+    if op == "call_method":
+        return target
+    return _target_name(target) if op == "call_function" or op == "call_module" else ""
+
+
+@functools.cache
+def _target_name(target) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.rpartition("::")[2]
     return target if isinstance(target, str) else getattr(target, "__name__", str(target))
@@ -154,9 +163,46 @@ def call(graph: Graph, target, args: tuple, origin: Node, cast: torch.dtype | No
         return x.to(cast) if cast and isinstance(x, Tensor) and x.is_floating_point() else x
 
     key = next((key for key in VALUE_KEYS if key in origin.meta), VALUE_KEYS[0])
-    with fake_mode(origin) or contextlib.nullcontext():
-        node.meta[key] = target(*map_arg(args, fake), **map_arg(kwargs, fake))
+    values, named = map_arg(args, value), map_arg(kwargs, value)
+    if target is operator.getitem and isinstance(values[0], tuple):
+        node.meta[key] = values[0][values[1]]
+        return node
+    mode = fake_mode(origin)
+    results = _results.setdefault(mode, {}) if mode else {}
+    signature = _signature(target, values, named, cast)
+    if signature not in results:
+        with mode or contextlib.nullcontext():
+            result = target(*map_arg(args, fake), **map_arg(kwargs, fake))
+        if signature is None:
+            node.meta[key] = result
+            return node
+        results[signature] = result
+    node.meta[key] = results[signature]
     return node
+
+
+# fake mode -> call of one of our operators -> its result. All layers of a model make the same call, and running a fake
+# takes longer than all else that the pass does for a site.
+_results: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def _signature(target, args: tuple, kwargs: dict, cast) -> tuple | None:
+    """What the result of a call depends on; None for other operators than ours, and where sizes are symbolic."""
+    if getattr(target, "namespace", "") != "fgattn" or kwargs:
+        return None
+    parts = []
+    for x in args:
+        if isinstance(x, Tensor):
+            if not all(type(size) is int for size in (*x.shape, *x.stride())):
+                return None
+            parts.append((x.shape, x.stride(), x.dtype, x.device, x.requires_grad, torch.is_grad_enabled()))
+        elif isinstance(x, (tuple, list)):
+            parts.append(tuple(x))
+        else:
+            parts.append(x)
+    if any(isinstance(x, torch.SymInt) for part in parts for x in (part if isinstance(part, tuple) else (part,))):
+        return None
+    return target, cast, *((type(part), part) for part in parts)
 
 
 def repeat_call(graph: Graph, node: Node, inputs: dict[Node, Node], origin: Node) -> Node:

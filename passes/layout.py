@@ -12,6 +12,7 @@ from fg_inductor.passes.graph import Extent, argument, name, names, product, sam
 from fg_inductor.passes.program import Program
 
 RESHAPES = names("view reshape flatten unflatten _unsafe_view squeeze unsqueeze view_as")
+STARTS = RESHAPES | names("cat concat")  # what marks a dimension, or folds one
 NEW_DIMENSIONS = names("stack expand repeat unsqueeze")
 # Operators after which tokens stand elsewhere, or not all of them are left.
 REORDERS = names("index_select gather take_along_dim index_copy index_put scatter flip roll sort argsort index narrow")
@@ -23,9 +24,13 @@ class Layout:
     def __init__(self, program: Program):
         self._marks: dict[Node, dict[int, tuple[Extent, ...]]] = {}
         self._folded: dict[Node, set[int]] = {}  # dimensions that count frames or positions beside the batch
+        marks, folded = self._marks, self._folded
         for node in program.nodes:
-            if _tensor(node) is not None:
-                self._visit(node, [x for x in program.inputs(node) if _tensor(x) is not None])
+            # Most nodes have no marks and make none; their shapes are not looked at.
+            inputs = [x for x in program.inputs(node) if x in marks or x in folded]
+            if (inputs or name(node) in STARTS) and _tensor(node) is not None:
+                inputs = program.inputs(node) if name(node) in RESHAPES else inputs
+                self._visit(node, [x for x in inputs if _tensor(x) is not None])
 
     def segments(self, node: Node, dim: int) -> tuple[Extent, ...]:
         """The segments of a dimension in order; empty if it was not concatenated, or nothing is known of it."""
@@ -44,7 +49,8 @@ class Layout:
                     marks.setdefault(target, segments)
         if marks:
             self._marks[node] = marks
-        folded = {dim for source in inputs for dim in self._folds(source, node)}
+        starts = name(node) in RESHAPES
+        folded = {dim for x in inputs if starts or x in self._folded for dim in self._folds(x, node)}
         if folded:
             self._folded[node] = folded
 

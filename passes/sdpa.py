@@ -7,6 +7,7 @@ device kernel with its backward. ``sdpa_kernel(...)`` chooses among dense kernel
 import logging
 import operator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -69,7 +70,6 @@ def rewrite(gm: GraphModule, settings) -> list[Site]:
             stand_in.take_out()
         for module in gm.modules():
             if isinstance(module, GraphModule) and rewriter and module.graph in rewriter.touched:
-                module.graph.lint()
                 module.recompile()
 
 
@@ -82,6 +82,7 @@ class _Rewriter:
     stand_ins: dict[Node, StandIn]
     touched: set[Graph] = field(default_factory=set)
     orders: dict[tuple, Node] = field(default_factory=dict)  # where it is used and of what -> query order
+    masks: dict[Any, tuple[Node | None, Node | None]] = field(default_factory=dict)  # likewise -> key bias, queries
 
     def visit(self, node: Node, index: int) -> Site:
         """Decide on one site and rewrite it."""
@@ -122,7 +123,7 @@ class _Rewriter:
         with graph.inserting_before(node):
             bias = valid_queries = None
             if attention.attn_mask is not None:
-                bias, valid_queries = key_mask.reduce(graph, self.program, attention.attn_mask, q, k, node)
+                bias, valid_queries = self._masks(attention, graph)
                 details["key_mask"] = shape_text(value(attention.attn_mask))
             dense_keys, dense_queries = (segments.text_ranges(graph, x, node) for x in (of_keys, of_queries))
             order = self._order(q, of_queries, node, details)
@@ -146,6 +147,15 @@ class _Rewriter:
         self.touched.add(graph)
         return min_seq, details
 
+    def _masks(self, attention: Call, graph: Graph) -> tuple[Node, Node | None]:
+        """The reduced mask: once for all sites of a graph that share it."""
+        mask, sizes = attention.attn_mask, (*value(attention.query).shape, *value(attention.key).shape)
+        shared = not self.program.is_written(mask) and all(isinstance(size, int) for size in sizes)
+        key = (graph, mask, *sizes) if shared else attention.node
+        if key not in self.masks:
+            self.masks[key] = key_mask.reduce(graph, self.program, mask, attention.query, attention.key, attention.node)
+        return self.masks[key]
+
     def _undo(self, node: Node, last: Node) -> None:
         """Take out the nodes that were added between ``last`` and ``node``."""
         added = set()
@@ -153,6 +163,7 @@ class _Rewriter:
             added.add(node.prev)
             node.graph.erase_node(node.prev)
         self.orders = {key: order for key, order in self.orders.items() if order not in added}
+        self.masks = {key: nodes for key, nodes in self.masks.items() if added.isdisjoint(nodes)}
 
     def _segments(self, q: Node, k: Node) -> tuple[segments.Segments, segments.Segments]:
         """The segments of the queries and of the keys; those of one hold for both where they are as many."""

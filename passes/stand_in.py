@@ -4,6 +4,7 @@ The stand-in is inserted before the pass looks at the graph, beside the code tha
 rewritten, that code is erased; where it is not, the stand-in is, and the graph is as the user wrote it.
 """
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -213,7 +214,7 @@ def _annotate(node: Node, origin: Node, make: Callable[[], Tensor]) -> None:
     """Metadata of a node whose value is not computed by calling it."""
     node.meta = {key: x for key, x in origin.meta.items() if key in ("nn_module_stack", "stack_trace", "custom")}
     key = next((key for key in VALUE_KEYS if key in origin.meta), VALUE_KEYS[0])
-    with fake_mode(origin):
+    with fake_mode(origin) or contextlib.nullcontext():
         node.meta[key] = make()
 
 
