@@ -4,7 +4,6 @@ import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 import fg_inductor
@@ -25,27 +24,21 @@ def mesh():
         torch.distributed.destroy_process_group()
 
 
-def test_dtensor_inputs(mesh):
-    """Sharded q, k and v: the operators have no rule for them."""
-    from torch.distributed.tensor import Shard, distribute_tensor
-
-    q, k, v = (distribute_tensor(torch.randn(1, 2, 64, 32), mesh, [Shard(1)]) for _ in range(3))
-    done = run_pass(F.scaled_dot_product_attention, (q, k, v))
-    assert [(site.decision, site.reason) for site in done.sites] == [("dense", "tensor subclass")]
-    assert done.sites[0].detail == "DTensor" and done.before == done.after
-    assert torch.equal(done.result.to_local(), F.scaled_dot_product_attention(q, k, v).to_local())
-
-
 def by_hand(q, k, v):
     return (q @ k.mT * 0.1).softmax(-1) @ v
 
 
-def test_dtensor_inputs_by_hand(mesh):
+def test_dtensor_inputs(mesh):
+    """Sharded q, k and v: the operators have no rule for them. (SDPA of DTensors takes Dynamo minutes on a CPU; its
+    refusal is tested on an edited graph.)"""
     from torch.distributed.tensor import Shard, distribute_tensor
 
     q, k, v = (distribute_tensor(torch.randn(1, 2, 64, 32), mesh, [Shard(1)]) for _ in range(3))
     done = run_pass(by_hand, (q, k, v))
-    assert {site.decision for site in done.sites} <= {"dense"} and done.before == done.after
+    assert [(site.decision, site.reason, site.detail) for site in done.sites] == [
+        ("dense", "tensor subclass", "DTensor")
+    ]
+    assert done.before == done.after
 
 
 class MergedOverRanks(nn.Module):

@@ -215,6 +215,7 @@ def without_values(node):
 EDITS = {
     "scale": (with_scale_node, "scale is not a constant", True),
     "dtype": (with_value(dtype=torch.float8_e4m3fn), "dtype", True),
+    "complex": (with_value(dtype=torch.complex64), "dtype", True),
     "device": (with_value(device="meta"), "device", True),
     "subclass": (with_subclass, "tensor subclass", True),
     "no values": (without_values, "no shapes in the graph", False),
