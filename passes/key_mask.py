@@ -32,6 +32,7 @@ ELEMENTWISE = CASTS | names(
     "masked_fill where mul add sub rsub truediv div neg logical_not invert bitwise_not and_ or_ bitwise_and bitwise_or "
     "logical_and logical_or __and__ eq ne gt ge lt le"
 )
+NEGATIONS = names("logical_not invert bitwise_not")
 CONJUNCTIONS = names("and_ bitwise_and logical_and __and__ mul")
 RESHAPES = names("view reshape unflatten flatten squeeze")
 REASON = "mask is not a key mask"
@@ -115,8 +116,10 @@ def _terms(program: Program, mask: _Mask) -> dict[str, list[_Mask]] | None:
         return None
     if _is_uniform(program, mask, "key"):
         return {"key": [], "query": [mask]}
-    inputs = _inputs(program, mask)
-    if name(mask.node) not in CONJUNCTIONS | CASTS and len(inputs) != 1:
+    inputs, method = _inputs(program, mask), name(mask.node)
+    if method in NEGATIONS and inputs and name(inputs[0].node) in NEGATIONS:
+        inputs = _inputs(program, inputs[0])  # not (not x)
+    elif method in ELEMENTWISE and method not in CONJUNCTIONS | CASTS:
         return None
     found = [_terms(program, x) if value(x.node).dtype == torch.bool else None for x in inputs]
     if not found or any(terms is None for terms in found):

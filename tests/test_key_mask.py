@@ -72,6 +72,10 @@ def outer_product_of_two_masks(valid):
     return (keys[:, None, None] & queries[:, None, :, None]) & keys[:1, None, None].repeat(1, HEADS, 1, 1)
 
 
+def negated_twice(valid):
+    return torch.logical_not(~outer_product(valid))
+
+
 def valid_queries(valid):
     return valid[:, None, :, None].expand(-1, -1, -1, valid.shape[1])
 
@@ -97,6 +101,7 @@ REDUCED = {
     "outer product as in HunyuanVideo-1.5": outer_product_as_in_hunyuan_video,
     "outer product of matrices": outer_product_of_matrices,
     "outer product of two masks": outer_product_of_two_masks,
+    "negated twice": negated_twice,
 }
 
 
@@ -151,6 +156,10 @@ def alternatives(valid):
     return valid[:, None, None] | valid[:, None, :, None]
 
 
+def not_the_outer_product(valid):
+    return ~outer_product(valid)
+
+
 def swapped_repeat(valid):
     """Heads outermost in the repeat: the view mixes batch and heads."""
     return bias(valid).repeat(HEADS, 1).view(valid.shape[0], HEADS, 1, valid.shape[1])
@@ -164,6 +173,7 @@ REFUSED = {
     "a column written": a_column_of_the_outer_product_written,
     "outer product, added": added_outer_product,
     "keys or queries": alternatives,
+    "not the outer product": not_the_outer_product,
     "repeat in another order": swapped_repeat,
     "relative positions": lambda valid: torch.rand(1, HEADS, LENGTH, LENGTH),
     "gathered": lambda valid: bias(valid)[:, None, None].expand(-1, HEADS, -1, -1)[torch.arange(3), :],
