@@ -131,7 +131,7 @@ def _upwards(node: Node) -> _Way | None:
             way.factor *= way.product.factor
             return way
         node = _step_up(node, way)
-        if node is None:
+        if not isinstance(value(node), Tensor):
             return None
 
 

@@ -224,6 +224,7 @@ def valid_keys(x, length=LENGTH):
 
 MASKS = {
     "added": lambda s, valid: s + torch.where(valid, 0.0, -torch.inf)[:, None, None],
+    "added as it is made": lambda s, valid: s + torch.where(valid[:, None, None], 0.0, -torch.inf),
     "added before the scale": lambda s, valid: (s + (1 - valid.float())[:, None, None] * -1e6) * 0.25,
     "added in place": lambda s, valid: s.add_(torch.where(valid, 0.0, -1e4)[:, None, None].expand(-1, HEADS, -1, -1)),
     "filled": lambda s, valid: s.masked_fill(~valid[:, None, None], -torch.inf),

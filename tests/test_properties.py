@@ -217,7 +217,7 @@ def check(plan: Plan) -> None:
 
 
 QUIET = {
-    "deadline": None, "derandomize": True, "database": None,
+    "deadline": None, "derandomize": True, "database": None, "print_blob": False,
     "suppress_health_check": [HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 }  # fmt: skip
 
