@@ -1,7 +1,7 @@
 """Fine-grained sparse attention for video transformers: ``torch.compile(model, backend="fgattn")``."""
 
-from fg_inductor.backend import explain, register
+from fg_inductor.backend import explain, register, rewrite
 from fg_inductor.kernels import ops  # noqa: F401  (registers torch.ops.fgattn)
 from fg_inductor.report import report, reset
 
-__all__ = ["explain", "register", "report", "reset"]
+__all__ = ["explain", "register", "report", "reset", "rewrite"]

@@ -228,6 +228,14 @@ def folded_after_the_projection(blocks, x, text):
     return tokens(SDPA(q, k, v))
 
 
+def folded_before_a_fused_projection(blocks, x, text):
+    """As timm and TimeSformer: the batch is the second dimension for a while."""
+    y = x.reshape(-1, 16, WIDTH)
+    weights = torch.cat([blocks[0].q.weight, blocks[0].k.weight, blocks[0].v.weight])
+    qkv = F.linear(y, weights).reshape(y.shape[0], 16, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+    return tokens(SDPA(qkv[0], qkv[1], qkv[2]))
+
+
 def folded_layers_above(blocks, x, text):
     y = x.reshape(-1, 16, WIDTH)
     for block in blocks:
@@ -274,7 +282,15 @@ def sequence_first(blocks, x, text):
     return tokens(SDPA(q, k, v))
 
 
-FOLDED = [spatial, temporal, spatial_of_one_video, folded_after_the_projection, folded_layers_above, windows]
+FOLDED = [
+    spatial,
+    temporal,
+    spatial_of_one_video,
+    folded_after_the_projection,
+    folded_before_a_fused_projection,
+    folded_layers_above,
+    windows,
+]
 WHOLE = [
     unfolded_again,
     guidance_stacked,
