@@ -21,7 +21,7 @@ except ImportError:  # torch 2.11
 
 # Calls that change how a tensor is stored, not what it says.
 CASTS = frozenset(("to", "type", "type_as", "float", "half", "bfloat16", "bool", "contiguous", "clone", "detach"))
-TRANSPOSES = frozenset(("transpose", "swapaxes", "swapdims", "permute", "t", "getattr"))
+TRANSPOSES = frozenset(("transpose", "swapaxes", "swapdims", "permute", "t", "T", "mT", "getattr"))
 VALUE_KEYS = ("example_value", "val")  # Dynamo's name and export's
 
 
@@ -114,10 +114,12 @@ def permutation(node: Node) -> list[int] | None:
         dims = argument(node, 1, "dims")
         dims = node.args[1:] if isinstance(dims, int) else dims
         return [d % rank for d in dims]
-    if method == "getattr" and node.args[1] not in ("T", "mT"):
-        return None
-    if method in ("t", "getattr"):
-        if rank < 2 or (rank > 2 and (method == "t" or node.args[1] == "T")):
+    if method == "getattr":  # torch before 2.14; since then x.mT calls mT
+        method = node.args[1]
+        if method not in ("T", "mT"):
+            return None
+    if method in ("t", "T", "mT"):
+        if rank < 2 or (rank > 2 and method != "mT"):
             return None
         swap = [rank - 2, rank - 1]
     else:

@@ -8,7 +8,7 @@ segments although the concatenation lies above the projection, or many layers ab
 from torch import Tensor
 from torch.fx import Node
 
-from fg_inductor.passes.graph import Extent, argument, name, names, product, same, value
+from fg_inductor.passes.graph import Extent, argument, name, names, permutation, product, same, value
 from fg_inductor.passes.program import Program
 
 RESHAPES = names("view reshape flatten unflatten _unsafe_view squeeze unsqueeze view_as")
@@ -102,13 +102,8 @@ def _carried(source: Node, dim: int, node: Node) -> int | None:
 
 def _moved(source: Node, dim: int, node: Node, x, y) -> int | None:
     method, rank = name(node), len(x)
-    if method in ("transpose", "swapaxes"):
-        swap = [argument(node, i, f"dim{i - 1}", f"axis{i - 1}") % rank for i in (1, 2)]
-        return swap[1 - swap.index(dim)] if dim in swap else dim
-    if method == "permute":
-        order = argument(node, 1, "dims")
-        order = node.args[1:] if isinstance(order, int) else order
-        return [d % rank for d in order].index(dim)
+    if (order := permutation(node)) is not None:
+        return order.index(dim)
     if method in ("unbind", "select"):
         removed = argument(node, 1, "dim", default=0) % rank
         return None if removed == dim else dim - (removed < dim)

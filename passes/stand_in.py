@@ -248,7 +248,7 @@ def heads_of(tensors: tuple[Node, ...], out: Node) -> tuple[int, int] | None:
 FOLDS = names("view reshape flatten _unsafe_view")
 UNFOLDS = names("view reshape unflatten")
 # What may stand between the fold and the attention; a projection may not: it makes tokens of frames what it folds.
-BETWEEN = CASTS | names("mul truediv div transpose permute swapaxes swapdims getattr")
+BETWEEN = CASTS | names("mul truediv div transpose permute swapaxes swapdims getattr mT")
 
 
 def _folded_from(node: Node) -> list[Node]:

@@ -108,6 +108,11 @@ def unbound_behind_the_tokens(blocks, x, text):
     return tokens(SDPA(*(z.transpose(1, 2) for z in (q, k, v))))
 
 
+def transposed_and_back(blocks, x, text):
+    y = torch.cat([text, x], 1).mT.contiguous().swapdims(1, 2)
+    return blocks[0](y)
+
+
 def three_segments(blocks, x, text):
     """Two texts on one side are one range; the third is its own."""
     return blocks[0](torch.cat([text, text[:, :3], x, text[:, :2]], 1))
@@ -158,6 +163,7 @@ SEGMENTS = {
     written_in_place: ([0, TEXT],) * 2,
     through_reshapes: ([0, TEXT],) * 2,
     unbound_behind_the_tokens: ([0, TEXT],) * 2,
+    transposed_and_back: ([0, TEXT],) * 2,
     three_segments: ([0, 10, 58, 60],) * 2,
     text_of_no_tokens: ([],) * 2,
     reference_video: ([0, TEXT],) * 2,
