@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from fg_inductor.kernels import reference, select_pooled
+from fg_inductor.kernels import reference, select_cut, select_pooled, select_scores
 from fg_inductor.kernels.mask import GROUPS, SLICES, group_count, unpack
 from fg_inductor.testing import make_key_bias, make_qkv
 
 CUDA = torch.cuda.is_available()
-DTYPES = (torch.bfloat16, torch.float16, torch.float32) if CUDA else (torch.float32,)
+# Triton's interpreter has no bfloat16 products.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32) if CUDA else (torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -97,8 +98,10 @@ def score_error(scoring, exact):
     exact_k = reference.group_means(k.double(), None if bias is None else bias.double(), n)
     exact_k = exact_k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     shift = (logits - torch.einsum("bhtpd,bhgd->bhtpg", exact_q, exact_k) * head[2]).abs().max().item()
-    # A logit off by x moves a probability by at most the factor exp(2x): its own, and the normaliser's.
-    return exact * (torch.tensor(2 * shift).exp().item() - 1 + 8 * torch.finfo(acc).eps)
+    # A logit off by x moves a probability by at most the factor exp(2x): its own, and the normaliser's. 16-bit inputs
+    # have scores of 10 bits of mantissa, from 2^-59 up.
+    rounding, smallest = (8 * torch.finfo(acc).eps, 0.0) if q.dtype == acc else (2.0**-10, 2.0**-59)
+    return exact * (torch.tensor(2 * shift).exp().item() - 1 + rounding) + smallest
 
 
 def check(case: Case, dtype, device):
@@ -137,17 +140,38 @@ def test_every_slice_shape(m, n, device, poison):
 
 
 def test_heads_in_chunks(device, poison, monkeypatch):
-    monkeypatch.setattr(select_pooled, "SCORE_BYTES", 1)
+    monkeypatch.setattr(select_scores, "CODE_BYTES", 1)
     check(replace(CASES[3], id="chunks", batch=2, heads=4), torch.float32, device)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.id in ("top-p", "density", "ranges", "padding")], ids=str)
 def test_rows_that_fit_no_block(case, device, poison, monkeypatch):
     """A row read block by block, and packed in smaller ones, is selected from like one that stays in registers."""
-    monkeypatch.setattr(
-        select_pooled, "configuration", lambda groups: {"BLOCK": 128, "PACK": 64, "SINGLE": False, "num_warps": 4}
-    )
+    monkeypatch.setattr(select_cut, "configuration", lambda words: {"BLOCK_W": 4, "SINGLE": False, "num_warps": 4})
     check(replace(case, n=1, queries=70), torch.float32, device)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.id in ("top-p", "pool-8", "padding")], ids=str)
+def test_rows_in_parts(case, device, poison, monkeypatch):
+    """Programs that share the groups of a row: normalisers of parts are joined, and each part is scored."""
+    small = {"BLOCK_R": 64, "BLOCK_G": 16, "num_warps": 4, "num_stages": 2}
+    monkeypatch.setattr(select_scores, "row_lse_configuration", lambda dtype, d: small)
+    monkeypatch.setattr(select_scores, "scores_configuration", lambda dtype, d: small)
+    case = replace(case, n=1, queries=70)
+    check(case, torch.float32, device)
+    blocks = select_scores._blocks(1, case.keys, 16, select_scores.MAX_SPLITS)
+    assert blocks * 16 < case.keys, "one part: nothing is tested"
+
+
+@pytest.mark.parametrize("rise", [1.0, -1.0], ids=["rising", "falling"])
+def test_scores_far_from_the_first_block(rise, device, poison):
+    """Scores of 600 and more above, or below, all of the block that gives the pivot: exp2 of the difference overflows."""
+    q, k, _ = make_qkv(1, 1, 1, 64, 600, 64, device=device)
+    q = q.abs()
+    k = 0.3 * k + k.abs() * (torch.arange(600, device=device) // 150)[:, None] * rise * 20
+    scoring, selection = (q, k, None, None, 0.125, 64, 1, 16), (0.9, None, 1.0, [], [])
+    keep = unpack(select_pooled.launch(*scoring, *selection), 600)
+    assert torch.equal(keep, unpack(reference.select_pooled(*scoring, *selection), 600))
 
 
 def test_equal_scores_are_taken_by_index(device):
