@@ -37,14 +37,14 @@ def launch(
     bias = group_means.bias_pointer(key_bias)
     mean_q, mean_k = group_means.launch_both(q, pool, T * P, order, None if n == 1 else k, n, G, key_bias)
     scores = select_scores.Scores(mean_q, k if n == 1 else mean_k, bias, scale, n, Sk, group_count(Sq, pool), P)
-    code = scores.workspace()
+    score = scores.workspace()
     mask = torch.empty(B, Hq, T, W, dtype=torch.int32, device=q.device)
-    heads = scores.heads_at_once()
+    heads = score.shape[0] // B
     for first in range(0, Hq, heads):
         part = min(heads, Hq - first)
-        scores.codes(first, part, code)
+        scores.of_heads(first, part, score)
         select_cut.launch(
-            code, mask, first, part, G, m, n, Sq, Sk, order,
+            score, mask, first, part, G, m, n, Sq, Sk, order,
             top_p if density is None and top_p < 1 else None, max_density if density is None else density,
             bias is not None, dense_keys, dense_queries,
         )  # fmt: skip

@@ -6,11 +6,10 @@ mean_q  [B, Hq, R, D]           R = T * P pooled queries (``group_means``), dtyp
 mean_k  [B, Hkv, G, D]          grouped keys (k itself for N = 1)
 bias    [B, G]                  float32, base 2: log2(keys of g that are not masked / N) + mean key_bias; -inf: masked
 lse     [splits, B * Hq, R]     float32, base 2: normaliser of each pooled query over a part of the groups
-code    [B * heads, T, W * 32]  int16 or int32: the scores of as many heads at once as fit CODE_BYTES
+score   [B * heads, T, W * 32]  of as many heads at once as fit SCORE_BYTES; -1 where masked, NaN where a score is NaN
 
-A code ranks groups as the score does: 0 is a masked group, FORCED one whose score is NaN, and between them the bits of
-the float, cut to 10 bits of mantissa for 16-bit inputs (scores from 2^-59; half the traffic, and an error below that
-of the products, which are in the dtype of q). ``select_cut`` reads them.
+Scores are float32 for float32 inputs, else 2048 * score in float16 (a score is P <= 16 at most): half the traffic, and
+its rounding, 2^-11 from scores of 2^-25 up, lies below the error of products in the dtype of q.
 
 Two passes over the products, because a score needs the normaliser of its row first. Each costs 2 R G D FLOP and R G
 exponentials a head: at 128x8 with pool 16, 1/(2 * 16 * 8) = 0.4% of dense attention's FLOPs, and at 12 heads x 32,760
@@ -30,36 +29,11 @@ from torch import Tensor
 
 from fg_inductor.kernels.group_means import masked_bias
 
-CODE_BYTES = 1 << 28
+SCORE_BYTES = 1 << 28
 MAX_SPLITS = 8
 PROGRAMS = 1024  # enough to fill a GPU several times over
 LOG2_E = math.log2(math.e)
-# Codes of 16 bits: the exponent and 10 bits of the mantissa, from 2^-59 up. The largest score is P <= 16 = 2^4.
-NARROW_SHIFT = tl.constexpr(13)
-NARROW_BASE = tl.constexpr((127 - 59) << 10)
-NARROW_FORCED = tl.constexpr(0xFFFF)
-WIDE_FORCED = tl.constexpr(0x7FFFFFFF)
-
-
-@triton.jit
-def encode(score, WIDE: tl.constexpr):
-    """int32 codes of scores that are 0 or more; FORCED for NaN."""
-    bits = score.to(tl.int32, bitcast=True)
-    if WIDE:
-        code = tl.where(score == score, bits + 1, WIDE_FORCED)
-    else:  # the bits of NaN, of either sign, lie above FORCED
-        code = ((bits & 0x7FFFFFFF) >> NARROW_SHIFT) - (NARROW_BASE - 1)
-        code = tl.minimum(tl.maximum(code, 1), NARROW_FORCED)
-    return code
-
-
-@triton.jit
-def decode(code, WIDE: tl.constexpr):
-    """The score of a code that is neither masked nor forced; ``encode`` of it is the code again."""
-    bits = code - 1
-    if not WIDE:
-        bits = (code + (NARROW_BASE - 1)) << NARROW_SHIFT
-    return bits.to(tl.float32, bitcast=True)
+NARROW_SCALE = tl.constexpr(11.0)  # base 2
 
 
 @triton.jit
@@ -187,9 +161,9 @@ def _row_lse(
 def _score_block(
     q, lse, k_ptr, bias_ptr, place, first, stored, qk_scale, stride_ks, G, last_bias,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, P: tl.constexpr, SLICES: tl.constexpr,
-    MASKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    MASKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Codes of the groups from ``first`` on for SLICES slices, whose P means are the columns p * SLICES + t of q."""
+    """Scores of the groups from ``first`` on for SLICES slices, whose P means are the columns p * SLICES + t of q."""
     k = _load_block(k_ptr, first, stride_ks, G, D, BLOCK_D, BLOCK_G, MASKED)
     x = tl.dot(k, q, input_precision=PRECISION) * qk_scale - lse[None, :]
     if MASKED or HAS_BIAS:
@@ -198,16 +172,15 @@ def _score_block(
     score = tl.exp2(x)  # NaN where the score is NaN or +inf
     if P > 1:
         score = tl.sum(tl.reshape(score, [BLOCK_G, P, SLICES]), 1)
-    code = encode(score, WIDE)
     if MASKED or HAS_BIAS:
-        code = tl.where((bias > float("-inf"))[:, None], code, 0)
-    tl.store(place, code.to(place.dtype.element_ty), mask=stored)
+        score = tl.where((bias > float("-inf"))[:, None], score, -1.0)
+    tl.store(place, score.to(place.dtype.element_ty), mask=stored)
 
 
 @triton.jit
 def _scores(
-    q_ptr, k_ptr, bias_ptr, lse_ptr, code_ptr,
-    stride_kb, stride_kh, stride_ks, stride_bb, stride_ct, stride_split,
+    q_ptr, k_ptr, bias_ptr, lse_ptr, score_ptr,
+    stride_kb, stride_kh, stride_ks, stride_bb, stride_st, stride_split,
     first_head, heads, Hq, SHARE, R, T, G, means, blocks, qk_scale, last_bias,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_G: tl.constexpr, P: tl.constexpr,
     SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
@@ -232,6 +205,8 @@ def _scores(
         for i in tl.static_range(1, SPLITS):
             total += tl.exp2(tl.load(lse_ptr + i * stride_split) - top)
         lse = top + tl.log2(total)
+    if not WIDE:
+        lse -= NARROW_SCALE
     # A mean without a query stands for its neighbour, and has no say.
     lse = tl.where(mean < means, lse, float("inf"))
 
@@ -239,21 +214,21 @@ def _scores(
     if HAS_BIAS:
         bias_ptr += b * stride_bb
     start = tl.program_id(1) * blocks * BLOCK_G
-    stop = tl.minimum(start + blocks * BLOCK_G, stride_ct)  # up to the padding of the mask words, which is masked
+    stop = tl.minimum(start + blocks * BLOCK_G, stride_st)  # up to the padding of the mask words, which is masked
     whole = tl.maximum(start, tl.minimum(stop, G - 1) // BLOCK_G * BLOCK_G)  # blocks below need no mask
     row = tl.program_id(2).to(tl.int64) * T + t
-    place = code_ptr + row[None, :] * stride_ct + tl.arange(0, BLOCK_G)[:, None]
+    place = score_ptr + row[None, :] * stride_st + tl.arange(0, BLOCK_G)[:, None]
     stored = (t < T)[None, :]
     for first in range(start, whole, BLOCK_G):
         _score_block(q, lse, k_ptr, bias_ptr, place + first, first, stored, qk_scale, stride_ks, G, last_bias,
-                     D, BLOCK_D, BLOCK_G, P, SLICES, False, HAS_BIAS, PRECISION, WIDE)  # fmt: skip
+                     D, BLOCK_D, BLOCK_G, P, SLICES, False, HAS_BIAS, PRECISION)  # fmt: skip
     for first in range(whole, stop, BLOCK_G):
         _score_block(q, lse, k_ptr, bias_ptr, place + first, first, stored, qk_scale, stride_ks, G, last_bias,
-                     D, BLOCK_D, BLOCK_G, P, SLICES, True, HAS_BIAS, PRECISION, WIDE)  # fmt: skip
+                     D, BLOCK_D, BLOCK_G, P, SLICES, True, HAS_BIAS, PRECISION)  # fmt: skip
 
 
 def row_lse_configuration(dtype: torch.dtype, d: int) -> dict:
-    """Tile of ``_row_lse``: one warp group, two programs and more an SM, so that one's products hide the other's exp."""
+    """Tile of ``_row_lse``: one warp group and room for more programs an SM; their products hide each other's exp."""
     if dtype == torch.float32 or d > 128:
         return {"BLOCK_R": 64, "BLOCK_G": 64, "num_warps": 4, "num_stages": 2}
     return {"BLOCK_R": 64, "BLOCK_G": 128, "num_warps": 4, "num_stages": 3}
@@ -273,14 +248,15 @@ def _blocks(programs: int, groups: int, block: int, most: int) -> int:
 
 
 class Scores:
-    """What is computed once for all heads; ``codes`` then scores a few heads at a time."""
+    """What is computed once for all heads; ``of_heads`` then scores a few heads at a time."""
 
     def __init__(self, mean_q: Tensor, mean_k: Tensor, key_bias, scale: float, n: int, keys: int, means: int, p: int):
+        """mean_q, mean_k: above; key_bias: ``group_means.bias_pointer``; means: pooled queries that hold a query."""
         self.q, self.k, self.p, self.means = mean_q, mean_k, p, means
         B, self.Hq, self.R, D = mean_q.shape
-        self.Hkv, self.G = mean_k.shape[1:3]
+        self.share, self.G = self.Hq // mean_k.shape[1], mean_k.shape[2]
         self.T, self.row = self.R // p, triton.cdiv(self.G, 128) * 128
-        self.wide = mean_q.dtype == torch.float32
+        self.dtype = torch.float32 if mean_q.dtype == torch.float32 else torch.float16
         self.bias = None
         if key_bias is not None:
             self.bias = torch.empty(B, self.G, dtype=torch.float32, device=mean_q.device)
@@ -292,7 +268,7 @@ class Scores:
         self.strides = (*mean_k.stride()[:3], 0 if self.bias is None else self.bias.stride(0))
         self.numbers = (scale * LOG2_E, math.log2((keys - (self.G - 1) * n) / n))
         self.flags = dict(D=D, BLOCK_D=triton.next_power_of_2(D), HAS_BIAS=self.bias is not None)
-        self.flags["PRECISION"] = "ieee" if self.wide else "tf32"
+        self.flags["PRECISION"] = "ieee" if mean_q.dtype == torch.float32 else "tf32"
         config = row_lse_configuration(mean_q.dtype, D)
         programs = triton.cdiv(self.R, config["BLOCK_R"]) * B * self.Hq
         blocks = _blocks(programs, self.G, config["BLOCK_G"], MAX_SPLITS)
@@ -300,29 +276,25 @@ class Scores:
         self.lse = torch.empty(splits, B * self.Hq, self.R, dtype=torch.float32, device=mean_q.device)
         _row_lse[(triton.cdiv(self.R, config["BLOCK_R"]), splits, B * self.Hq)](
             mean_q, mean_k, self.bias, self.lse, *self.strides,
-            self.Hq, self.Hq // self.Hkv, self.R, self.G, blocks, *self.numbers,
+            self.Hq, self.share, self.R, self.G, blocks, *self.numbers,
             **self.flags, **config,
         )  # fmt: skip
 
-    def heads_at_once(self) -> int:
-        """Heads whose codes fit the workspace."""
-        size = 4 if self.wide else 2
-        return max(1, min(self.Hq, CODE_BYTES // (size * self.q.shape[0] * self.T * self.row)))
-
     def workspace(self) -> Tensor:
-        """code [B * heads, T, W * 32], uninitialised."""
-        shape = (self.q.shape[0] * self.heads_at_once(), self.T, self.row)
-        return torch.empty(shape, dtype=torch.int32 if self.wide else torch.int16, device=self.q.device)
+        """score [B * heads, T, W * 32], uninitialised, for as many heads as fit."""
+        B = self.q.shape[0]
+        heads = max(1, min(self.Hq, SCORE_BYTES // (self.dtype.itemsize * B * self.T * self.row)))
+        return torch.empty(B * heads, self.T, self.row, dtype=self.dtype, device=self.q.device)
 
-    def codes(self, first: int, heads: int, code: Tensor) -> None:
-        """Codes of the query heads first .. first + heads - 1 of each batch entry."""
+    def of_heads(self, first: int, heads: int, score: Tensor) -> None:
+        """Scores of the query heads first .. first + heads - 1 of each batch entry."""
         B, D = self.q.shape[0], self.q.shape[3]
         config = scores_configuration(self.q.dtype, D)
         slices = config["BLOCK_R"] // self.p
         programs = triton.cdiv(self.T, slices) * B * heads
         blocks = _blocks(programs, self.row, config["BLOCK_G"], self.row)
         _scores[(triton.cdiv(self.T, slices), triton.cdiv(self.row, blocks * config["BLOCK_G"]), B * heads)](
-            self.q, self.k, self.bias, self.lse, code, *self.strides, self.row, self.lse.stride(0),
-            first, heads, self.Hq, self.Hq // self.Hkv, self.R, self.T, self.G, self.means, blocks, *self.numbers,
-            **self.flags, P=self.p, SPLITS=self.lse.shape[0], WIDE=self.wide, **config,
+            self.q, self.k, self.bias, self.lse, score, *self.strides, self.row, self.lse.stride(0),
+            first, heads, self.Hq, self.share, self.R, self.T, self.G, self.means, blocks, *self.numbers,
+            **self.flags, P=self.p, SPLITS=self.lse.shape[0], WIDE=self.dtype == torch.float32, **config,
         )  # fmt: skip

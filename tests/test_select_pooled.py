@@ -98,9 +98,9 @@ def score_error(scoring, exact):
     exact_k = reference.group_means(k.double(), None if bias is None else bias.double(), n)
     exact_k = exact_k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     shift = (logits - torch.einsum("bhtpd,bhgd->bhtpg", exact_q, exact_k) * head[2]).abs().max().item()
-    # A logit off by x moves a probability by at most the factor exp(2x): its own, and the normaliser's. 16-bit inputs
-    # have scores of 10 bits of mantissa, from 2^-59 up.
-    rounding, smallest = (8 * torch.finfo(acc).eps, 0.0) if q.dtype == acc else (2.0**-10, 2.0**-59)
+    # A logit off by x moves a probability by at most the factor exp(2x): its own, and the normaliser's. The scores
+    # of 16-bit inputs are float16, times 2048.
+    rounding, smallest = (8 * torch.finfo(acc).eps, 0.0) if q.dtype == acc else (2.0**-11, 2.0**-36)
     return exact * (torch.tensor(2 * shift).exp().item() - 1 + rounding) + smallest
 
 
@@ -140,15 +140,17 @@ def test_every_slice_shape(m, n, device, poison):
 
 
 def test_heads_in_chunks(device, poison, monkeypatch):
-    monkeypatch.setattr(select_scores, "CODE_BYTES", 1)
+    monkeypatch.setattr(select_scores, "SCORE_BYTES", 1)
     check(replace(CASES[3], id="chunks", batch=2, heads=4), torch.float32, device)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.id in ("top-p", "density", "ranges", "padding")], ids=str)
-def test_rows_that_fit_no_block(case, device, poison, monkeypatch):
-    """A row read block by block, and packed in smaller ones, is selected from like one that stays in registers."""
-    monkeypatch.setattr(select_cut, "configuration", lambda words: {"BLOCK_W": 4, "SINGLE": False, "num_warps": 4})
-    check(replace(case, n=1, queries=70), torch.float32, device)
+@pytest.mark.parametrize("lean", [False, True], ids=["float32", "lean"])
+def test_rows_that_fit_no_block(case, lean, device, poison, monkeypatch):
+    """A row read block by block, or kept in pairs, is selected from like one that stays in registers."""
+    rows = {"WORDS": 4, "REST": 2, "LOOP": True, "LEAN": lean, "num_warps": 4}
+    monkeypatch.setattr(select_cut, "configuration", lambda words, wide: rows)
+    check(replace(case, n=1, queries=70), torch.float16 if lean else torch.float32, device)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.id in ("top-p", "pool-8", "padding")], ids=str)
@@ -165,7 +167,7 @@ def test_rows_in_parts(case, device, poison, monkeypatch):
 
 @pytest.mark.parametrize("rise", [1.0, -1.0], ids=["rising", "falling"])
 def test_scores_far_from_the_first_block(rise, device, poison):
-    """Scores of 600 and more above, or below, all of the block that gives the pivot: exp2 of the difference overflows."""
+    """Scores hundreds above, or below, all of the block that gives the pivot: exp2 of the difference overflows."""
     q, k, _ = make_qkv(1, 1, 1, 64, 600, 64, device=device)
     q = q.abs()
     k = 0.3 * k + k.abs() * (torch.arange(600, device=device) // 150)[:, None] * rise * 20

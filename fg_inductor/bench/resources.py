@@ -35,7 +35,7 @@ COLUMNS = ["kernel", "variant", "registers", "stack", "shared", "HGMMA", "HMMA",
 POINTERS = {
     "lists_ptr": "*i32", "work_ptr": "*i32", "keys_ptr": "*i32", "clean_keys_ptr": "*i32", "clean_ptr": "*i32",
     "mixed_ptr": "*i32", "order_ptr": "*i32", "mask_ptr": "*i32", "limit_ptr": "*i32", "counts_ptr": "*i32",
-    "lse_ptr": "*fp32", "bias_ptr": "*fp32", "code_ptr": "*i16", "tail_bias_ptr": "*fp32",
+    "lse_ptr": "*fp32", "bias_ptr": "*fp32", "score_ptr": "*fp16", "row_ptr": "*i32", "tail_bias_ptr": "*fp32",
     "group_keys_ptr": "*fp32", "block_keys_ptr": "*fp32", "block_bias_ptr": "*fp32",
     "statistics_ptr": "*fp32", "dk_sum_ptr": "*fp32", "dv_sum_ptr": "*fp32", "dtail_k_ptr": "*fp32",
     "dtail_v_ptr": "*fp32",
@@ -197,7 +197,7 @@ def table() -> list[dict]:
     choice |= dict(order_ptr=None, dense_keys=(), dense_queries=())
     for groups in (4095, 32_760, 75_600):
         for name, mass in (("top-p", True), ("density", False)):
-            config = select_cut.configuration((groups + 127) // 128 * 4)
+            config = select_cut.configuration((groups + 127) // 128 * 4, wide=False)
             warps = config.pop("num_warps")
             constants = choice | config | dict(COUNT=not mass, MASS=mass)
             rows.append(resources(select_cut._cut, f"{groups} groups {name}", constants, num_warps=warps))
