@@ -244,10 +244,8 @@ def _cut(
         middle = tl.where(passes < PATIENCE, middle, low + (high - low) // 2)
         middle = tl.minimum(tl.maximum(middle, low + 1), high - 1)
         cut = _from_bits(middle, WIDE)
-        if LEAN:  # zero, which the compiler can't know: else it converts the whole row before the loop, and spills
-            zero = tl.minimum(low, 0)
-        else:
-            zero = 0
+        # Zero, which the compiler can't know: else it converts the whole row before the loop, and spills.
+        zero = tl.minimum(low, 0)
         count, mass = _held(x ^ zero if LEAN else x, cut, WIDE, COUNT, MASS)
         count += forced
         mass += forced_mass

@@ -99,7 +99,7 @@ class _Rewriter:
             order = self._order(q, of_queries, node, details)
             shape = (attention.factor, settings.m, settings.n)
             cast = value(node).dtype
-            density = (settings.pool, settings.top_p, settings.density, settings.max_density)
+            density = (settings.queries_per_mean, settings.top_p, settings.density, settings.max_density)
             select_args = (q, k, bias, order, *shape, *density, dense_keys, dense_queries, min_seq)
             mask = call(graph, ops.select_pooled, select_args, node, cast)
             attention_args = (q, k, v, mask, bias, order, *shape, settings.tail, min_seq, settings.kernel)

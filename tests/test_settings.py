@@ -45,8 +45,9 @@ REFUSED = [
     ("fgattn.slice", "128x7", "such as '128x8'; got '128x7'"),
     ("fgattn.slice", "²x8", "such as '128x8'; got '²x8'"),
     ("fgattn.slice", (128, 8), "such as '128x8'; got (128, 8)"),
-    ("fgattn.pool", 12, "must be one of 8, 16, 32, 64, 128; got 12."),
-    ("fgattn.pool", 16.0, "must be one of 8, 16, 32, 64, 128; got 16.0."),
+    ("fgattn.pool", 12, "must be 'auto' or one of 8, 16, 32, 64, 128; got 12."),
+    ("fgattn.pool", 16.0, "must be 'auto' or one of 8, 16, 32, 64, 128; got 16.0."),
+    ("fgattn.pool", True, "must be 'auto' or one of 8, 16, 32, 64, 128; got True."),
     ("fgattn.tail", "poled", "did you mean 'pooled'?; got 'poled'"),
     ("fgattn.inner", None, "must be one of 'inductor', 'aot_eager', 'eager'; got None"),
     ("fgattn.min_seq", True, "must be a number of tokens, 0 or more; got True"),
@@ -73,9 +74,17 @@ def test_defaults_pass_their_own_checks():
 
 
 def test_changed_holds_only_what_differs():
-    settings = Settings.parse({"fgattn.slice": "64x16", "fgattn.density": 0.5, "fgattn.pool": 16})
+    settings = Settings.parse({"fgattn.slice": "64x16", "fgattn.density": 0.5, "fgattn.pool": "auto"})
     assert settings.changed() == {"slice": "64x16", "density": 0.5}
     assert (settings.m, settings.n) == (64, 16)
+
+
+@pytest.mark.parametrize(
+    ("slice_", "pool", "queries"),
+    [("128x8", "auto", 16), ("128x1", "auto", 128), ("64x1", 32, 32), ("16x16", "auto", 16)],
+)
+def test_queries_per_mean(slice_, pool, queries):
+    assert Settings.parse({"fgattn.slice": slice_, "fgattn.pool": pool}).queries_per_mean == queries
 
 
 def test_every_option_is_in_the_table():
