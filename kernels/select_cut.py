@@ -173,7 +173,7 @@ def _store_words(x, mask_ptr, first, W, cut, ties, everything, WIDE: tl.constexp
     return tl.sum(count)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["groups", "limit"])  # 1 would be a Python int, without methods
 def _cut(
     row_ptr, order_ptr, mask_ptr,
     stride_mb, stride_mh, stride_mt,
