@@ -12,6 +12,7 @@ from torch import Tensor
 from fg_inductor.kernels import choice, reference
 from fg_inductor.kernels.checks import check_attention, check_select, check_slice, fail
 from fg_inductor.kernels.mask import slice_count, word_count
+from fg_inductor.kernels.query_order import query_order as make_query_order
 
 # Inductor passes arguments that have a default by name, to functions of its own: none may be called ``kernel``.
 SCHEMAS = {
@@ -194,7 +195,7 @@ def _query_order(t, h, w, before, after, m, device):
     check_slice("query_order", m)
     if min(t, h, w) <= 0 or min(before, after) < 0:
         fail("query_order", f"token grid {(t, h, w)}, {before} tokens before and {after} after; give positive sizes.")
-    return reference.query_order(t, h, w, before, after, m, device)
+    return make_query_order(t, h, w, before, after, m, device)
 
 
 torch.library.impl("fgattn::query_order", "CompositeExplicitAutograd", _query_order)

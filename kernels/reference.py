@@ -17,7 +17,6 @@ SUMMARY = 128  # keys in one block of the pooled tail
 # A float key_bias below this masks its key. Model code writes -inf, finfo.min or -10000 (-9984 in bfloat16), and no
 # score outweighs a bias of -1000.
 MASKED_BELOW = -1000.0
-CUBES = {128: (2, 8, 8), 64: (1, 8, 8), 32: (1, 4, 8), 16: (1, 4, 4)}  # tokens in time, height, width, by slice size
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -151,22 +150,6 @@ def select_pooled(
     tokens = torch.arange(q.shape[2], device=device) if order is None else order.long()
     keep = keep | any_in_chunks(in_ranges(tokens, list(dense_queries)), m)[:, None]
     return pack((keep & valid).expand(batch, heads, slices, groups), word_count(k.shape[2], n))
-
-
-def query_order(t: int, h: int, w: int, before: int, after: int, m: int, device: torch.device) -> Tensor:
-    """int32 [before + t*h*w + after]: the token at each place of query order, for a video of t x h x w tokens.
-
-    The video comes first, cube after cube of ``CUBES[m]`` tokens (cubes at the edge of the grid are smaller), so that a
-    slice is compact in space and time; the ``before`` and ``after`` tokens (text) follow, so that they shift no cube.
-    """
-    axes = [torch.arange(size, device=device) for size in (t, h, w)]
-    cube, inside = 0, 0
-    for axis, size, edge, shape in zip(axes, (t, h, w), CUBES[m], ((-1, 1, 1), (1, -1, 1), (1, 1, -1)), strict=True):
-        cube = cube * ((size + edge - 1) // edge) + (axis // edge).view(shape)
-        inside = inside * edge + (axis % edge).view(shape)
-    video = (cube * m + inside).flatten().argsort() + before
-    text = torch.arange(before + after, device=device)
-    return torch.cat([video, torch.where(text < before, text, text + t * h * w)]).to(torch.int32)
 
 
 def full_mask(q: Tensor, k: Tensor, m: int, n: int) -> Tensor:

@@ -356,34 +356,3 @@ def test_kept_density_counts_pairs(m, n, bias):
     density = reference.kept_density(mask, key_bias, 150, 300, m, n)
     assert density.dtype == torch.float32 and density.shape == ()
     assert density.item() == pytest.approx(expected.item(), rel=1e-6)
-
-
-# query_order
-
-GRIDS = (  # t, h, w, before, after
-    (21, 30, 52, 0, 0),  # no edge divides
-    (3, 5, 7, 0, 11),
-    (1, 1, 5, 3, 0),
-    (2, 8, 8, 1, 1),  # one cube of 128
-    (4, 16, 24, 100, 77),
-)
-
-
-@pytest.mark.parametrize("m", SLICES)
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_query_order(grid, m):
-    t, h, w, before, after = grid
-    order = reference.query_order(*grid, m, torch.device("cpu"))
-    video = t * h * w
-    assert order.dtype == torch.int32
-    assert torch.equal(order.sort().values, torch.arange(before + video + after, dtype=torch.int32))
-    text = [*range(before), *range(before + video, before + video + after)]
-    assert order[video:].tolist() == text  # after the video, so that it shifts no cube
-    edges = reference.CUBES[m]
-    assert math.prod(edges) == m
-    token = order[:video].long() - before
-    cube = torch.stack([token // (h * w) // edges[0], token // w % h // edges[1], token % w // edges[2]])
-    changes = (cube.diff() != 0).any(0).sum().item()  # each cube's tokens are consecutive
-    assert changes + 1 == math.prod(math.ceil(size / edge) for size, edge in zip((t, h, w), edges, strict=True))
-    if all(size % edge == 0 for size, edge in zip((t, h, w), edges, strict=True)):
-        assert (cube.unflatten(1, (-1, m)) == cube[:, ::m, None]).all()  # and a slice is one cube
