@@ -2,11 +2,12 @@
 
 import dataclasses
 import difflib
+import math
 import numbers
 from dataclasses import dataclass
 from typing import Any
 
-from fg_inductor.kernels.checks import KERNELS, POOLS, TAILS
+from fg_inductor.kernels.checks import KERNELS, POOLS, REDUCES, TAILS
 from fg_inductor.kernels.mask import GROUPS, SLICES
 
 PREFIX = "fgattn."
@@ -63,6 +64,17 @@ def _fraction(optional=False):
     return read
 
 
+def _between(high):
+    def read(value):
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < high:
+            raise ValueError("must be a positive number" + (f" below {high}" if high < math.inf else "") + " or None")
+        return float(value)
+
+    return read
+
+
 def _flag(value):
     if not isinstance(value, bool):
         raise ValueError("must be True or False")
@@ -111,6 +123,15 @@ class Settings:
     max_density: float = _option(1.0, _fraction(), "bound on the share of key groups that top_p keeps")
     pool: int | str = _option(
         "auto", _pool, "queries in one mean of the pooled score; 'auto': 16, and the whole slice where N is 1"
+    )
+    reduce: str = _option(
+        "sum", _one_of(*REDUCES), "how the means of a slice are joined: 'sum' of their estimates, or the 'max'"
+    )
+    gamma: float | None = _option(
+        None, _between(1), "self-similarity (mean cosine with the mean) below which slices and groups are kept whole"
+    )
+    alpha: float | None = _option(
+        None, _between(math.inf), "keep groups above alpha times the uniform probability, instead of top_p"
     )
     tail: str = _option(
         "none", _one_of(*TAILS), "dropped keys: 'none', or 'pooled' (one summary key for each 128 keys)"
@@ -167,7 +188,12 @@ class Settings:
                 values[name] = fields[name].metadata["read"](value)
             except ValueError as error:
                 raise ValueError(f"fgattn: option {key!r} {error}; got {value!r}.") from None
-        return cls(**values)
+        settings = cls(**values)
+        if settings.alpha is not None and settings.density is not None:
+            raise ValueError(
+                f"fgattn: alpha={settings.alpha} and density={settings.density} both say how much to keep; give one."
+            )
+        return settings
 
     @property
     def m(self) -> int:

@@ -16,6 +16,7 @@ HEAD_DIMS = (64, 96, 128, 256)
 TAILS = ("none", "pooled")
 KERNELS = ("auto", "portable", "hopper")
 POOLS = (8, 16, 32, 64, 128)
+REDUCES = ("sum", "max")
 
 
 def fail(op: str, message: str) -> NoReturn:
@@ -103,7 +104,9 @@ def check_mask(op: str, mask: Tensor, q: Tensor, k: Tensor, m: int, n: int) -> N
         )
 
 
-def check_select(q, k, key_bias, order, m, n, pool, top_p, density, max_density, dense_keys, dense_queries) -> None:
+def check_select(
+    q, k, key_bias, order, m, n, pool, top_p, density, max_density, dense_keys, dense_queries, reduce, gamma, alpha
+) -> None:
     """The arguments of ``select_pooled``."""
     op = "select_pooled"
     check_tensors(op, q, k, None, key_bias, order)
@@ -116,6 +119,12 @@ def check_select(q, k, key_bias, order, m, n, pool, top_p, density, max_density,
     for name, x in (("dense_keys", dense_keys), ("dense_queries", dense_queries)):
         if len(x) % 2:
             fail(op, f"{name} must hold [start, end) pairs, got {len(x)} numbers.")
+    if reduce not in REDUCES:
+        fail(op, f"reduce={reduce!r}; choose one of {REDUCES}.")
+    if gamma is not None and not 0 < gamma < 1:
+        fail(op, f"gamma={gamma} is compared with cosines; it must lie between 0 and 1.")
+    if alpha is not None and (not alpha > 0 or density is not None):
+        fail(op, f"alpha={alpha} with density={density}; give a positive alpha, or a density, or neither.")
 
 
 def check_attention(q, k, v, mask, key_bias, order, m, n, tail, kernel_name) -> None:

@@ -17,8 +17,8 @@ from fg_inductor.kernels.query_order import query_order as make_query_order
 # Inductor passes arguments that have a default by name, to functions of its own: none may be called ``kernel``.
 SCHEMAS = {
     "select_pooled": "(Tensor q, Tensor k, Tensor? key_bias, Tensor? order, float scale, int m, int n, int pool, "
-    "float top_p, float? density, float max_density, SymInt[] dense_keys, SymInt[] dense_queries, SymInt min_seq) "
-    "-> Tensor",
+    "float top_p, float? density, float max_density, SymInt[] dense_keys, SymInt[] dense_queries, SymInt min_seq, "
+    'str reduce="sum", float? gamma=None, float? alpha=None) -> Tensor',
     "attention": "(Tensor q, Tensor k, Tensor v, Tensor mask, Tensor? key_bias, Tensor? order, float scale, "
     'int m, int n, str tail, SymInt min_seq, str kernel_name="auto") -> (Tensor out, Tensor lse)',
     "attention_backward": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor mask, "
@@ -41,21 +41,24 @@ def _unit_stride(*tensors):
 
 @torch.library.register_fake("fgattn::select_pooled")
 def _select_pooled_fake(
-    q, k, key_bias, order, scale, m, n, pool, top_p, density, max_density, dense_keys, dense_queries, min_seq
-):
-    check_select(q, k, key_bias, order, m, n, pool, top_p, density, max_density, dense_keys, dense_queries)
+    q, k, key_bias, order, scale, m, n, pool, top_p, density, max_density, dense_keys, dense_queries, min_seq,
+    reduce="sum", gamma=None, alpha=None,
+):  # fmt: skip
+    limits = (top_p, density, max_density, dense_keys, dense_queries, reduce, gamma, alpha)
+    check_select(q, k, key_bias, order, m, n, pool, *limits)
     return q.new_empty(q.shape[0], q.shape[1], slice_count(q.shape[2], m), word_count(k.shape[2], n), dtype=torch.int32)
 
 
 def _select_pooled(select):
-    def run(q, k, key_bias, order, scale, m, n, pool, top_p, density, max_density, dense_keys, dense_queries, min_seq):
-        check_select(q, k, key_bias, order, m, n, pool, top_p, density, max_density, dense_keys, dense_queries)
+    def run(
+        q, k, key_bias, order, scale, m, n, pool, top_p, density, max_density, dense_keys, dense_queries, min_seq,
+        reduce="sum", gamma=None, alpha=None,
+    ):  # fmt: skip
+        limits = (top_p, density, max_density, list(dense_keys), list(dense_queries), reduce, gamma, alpha)
+        check_select(q, k, key_bias, order, m, n, pool, *limits)
         if min(q.shape[2], k.shape[2]) < min_seq:
             return reference.full_mask(q, k, m, n)
-        pool = min(pool, m)
-        return select(
-            q, k, key_bias, order, scale, m, n, pool, top_p, density, max_density, list(dense_keys), list(dense_queries)
-        )
+        return select(q, k, key_bias, order, scale, m, n, min(pool, m), *limits)
 
     return run
 
@@ -69,7 +72,7 @@ def _select_pooled_cuda(q, k, *rest):
 torch.library.impl("fgattn::select_pooled", "CPU", _select_pooled(reference.select_pooled))
 torch.library.impl("fgattn::select_pooled", "CUDA", _select_pooled(_select_pooled_cuda))
 # The mask is not differentiated.
-torch.library.register_autograd("fgattn::select_pooled", lambda ctx, grad: (None,) * 14)
+torch.library.register_autograd("fgattn::select_pooled", lambda ctx, grad: (None,) * 17)
 
 
 # attention

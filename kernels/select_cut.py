@@ -1,6 +1,7 @@
 """The block mask from scores: the best groups of each slice, without sorting (portable Triton).
 
     mask[t] = the shortest prefix of the groups, best score first, that holds top_p of the mass, at most ``limit``
+              or those above alpha times the score of each if all had the same, at most ``limit``
 
 score  [B * heads, T, W * 32]  float16 or float32 (``select_scores``): 0 or more, -1 where masked, NaN
 mask   [B, Hq, T, W]           int32, ``kernels.mask``
@@ -21,9 +22,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fg_inductor.kernels.select_scores import NARROW_SCALE
+
 MASKED = tl.constexpr(-1.0)
 MASKED_PAIR = tl.constexpr(-0x43FF4400)  # 0xBC00BC00, two float16 of -1
 NAN = tl.constexpr(0x7E00)
+NARROW_UNIT = tl.constexpr(2.0**NARROW_SCALE)  # a score of 1 in float16
 PATIENCE = tl.constexpr(12)
 
 
@@ -177,10 +181,10 @@ def _store_words(x, mask_ptr, first, W, cut, ties, everything, WIDE: tl.constexp
 def _cut(
     row_ptr, order_ptr, mask_ptr,
     stride_mb, stride_mh, stride_mt,
-    first_head, heads, T, W, Sq, groups, limit, share_high, share_low, top_p, dense_keys, dense_queries,
+    first_head, heads, T, W, Sq, groups, limit, share_high, share_low, top_p, alpha, summed, dense_keys, dense_queries,
     M: tl.constexpr, N: tl.constexpr, WORDS: tl.constexpr, REST: tl.constexpr, LOOP: tl.constexpr, LEAN: tl.constexpr,
     WIDE: tl.constexpr, COUNT: tl.constexpr, MASS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ORDER: tl.constexpr,
-    HAS_FORCED: tl.constexpr, HAS_DENSE: tl.constexpr,
+    HAS_FORCED: tl.constexpr, HAS_DENSE: tl.constexpr, ALPHA: tl.constexpr,
 ):  # fmt: skip
     t = tl.program_id(0)
     b = (tl.program_id(1) // heads).to(tl.int64)
@@ -235,6 +239,8 @@ def _cut(
         done = done | (forced >= limit)
         if not MASS:  # where everything is wanted there is nothing to search
             high = tl.where(groups <= limit, low + 1, high)
+    if not (COUNT or MASS):
+        high = low + 1
     high = tl.where(done, low + 1, high)
     passes = 0
     side = 0
@@ -283,6 +289,14 @@ def _cut(
         needed = tl.ceil((target - held_mass) / tl.maximum(cut, 1.1754944e-38))
         ties = tl.minimum(ties, tl.minimum(tl.maximum(needed, 0.0), 1e9).to(tl.int32))
     cut = tl.where(done, float("inf"), cut)
+    if ALPHA:  # nothing at or below alpha times the score that all groups would have if they were equal
+        means = tl.cdiv(tl.minimum(Sq - t * M, M), summed)
+        bound = alpha * means.to(tl.float32) / tl.maximum(groups, 1).to(tl.float32)
+        if not WIDE:
+            bound *= NARROW_UNIT
+        best = (forced == 0) & (top >= 0.0) & (top <= bound)  # which is kept always
+        ties = tl.where(cut > bound, ties, best.to(tl.int32))
+        cut = tl.where(cut > bound, cut, tl.where(best, top, bound))
 
     everything = False
     if HAS_DENSE:
@@ -317,13 +331,15 @@ def configuration(words: int, wide: bool) -> dict:
 
 def launch(
     score: Tensor, mask: Tensor, first: int, heads: int, groups: int, m: int, n: int, queries: int, keys: int,
-    order: Tensor | None, top_p: float | None, share: float, masked: bool,
+    order: Tensor | None, top_p: float | None, share: float, alpha: float | None, summed: int, masked: bool,
     dense_keys: list[int], dense_queries: list[int],
 ) -> None:  # fmt: skip
     """Write mask[:, first : first + heads] from the scores of these heads.
 
     top_p   share of the mass to keep, or None
     share   share of the groups to keep at most
+    alpha   drop groups that have no more than alpha times the probability of each if all had the same; or None
+    summed  queries for each of the probabilities that a score is the sum of
     masked  whether a group may be masked, so that ``share`` is of those that are not
     """
     B, _, T, W = mask.shape
@@ -334,9 +350,9 @@ def launch(
     _cut[(T, B * heads)](
         score if wide else score.view(torch.int32), order, mask, *mask.stride()[:3],
         first, heads, T, W, queries, groups, max(1, int(groups * share + 0.5)), high, share - high,
-        1.0 if top_p is None else top_p, dense_keys, tuple(dense_queries),
-        M=m, N=n, WIDE=wide,
-        COUNT=top_p is None or share < 1, MASS=top_p is not None, HAS_BIAS=masked, HAS_ORDER=order is not None,
-        HAS_FORCED=bool(dense_keys), HAS_DENSE=bool(dense_queries),
+        1.0 if top_p is None else top_p, alpha or 0.0, summed, dense_keys, tuple(dense_queries),
+        M=m, N=n, WIDE=wide, COUNT=share < 1 or (top_p is None and alpha is None), MASS=top_p is not None,
+        HAS_BIAS=masked, HAS_ORDER=order is not None, HAS_FORCED=bool(dense_keys), HAS_DENSE=bool(dense_queries),
+        ALPHA=alpha is not None,
         **configuration(W, wide),
     )  # fmt: skip

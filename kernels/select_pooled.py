@@ -29,23 +29,27 @@ def launch(
     max_density: float,
     dense_keys: list[int],
     dense_queries: list[int],
+    reduce: str = "sum",
+    gamma: float | None = None,
+    alpha: float | None = None,
 ) -> Tensor:
     """The block mask [B, Hq, T, W]; arguments as in ``kernels.ops``."""
     B, Hq, Sq, _ = q.shape
     Sk, P = k.shape[2], m // pool
     T, G, W = slice_count(Sq, m), group_count(Sk, n), word_count(Sk, n)
     bias = group_means.bias_pointer(key_bias)
-    mean_q, mean_k = group_means.launch_both(q, pool, T * P, order, None if n == 1 else k, n, G, key_bias)
+    mean_q, mean_k = group_means.launch_both(q, pool, T * P, order, None if n == 1 else k, n, G, key_bias, gamma, m)
     scores = select_scores.Scores(mean_q, k if n == 1 else mean_k, bias, scale, n, Sk, group_count(Sq, pool), P)
     score = scores.workspace()
     mask = torch.empty(B, Hq, T, W, dtype=torch.int32, device=q.device)
     heads = score.shape[0] // B
     for first in range(0, Hq, heads):
         part = min(heads, Hq - first)
-        scores.of_heads(first, part, score)
+        scores.of_heads(first, part, score, reduce)
         select_cut.launch(
             score, mask, first, part, G, m, n, Sq, Sk, order,
-            top_p if density is None and top_p < 1 else None, max_density if density is None else density,
+            top_p if density is None and alpha is None and top_p < 1 else None,
+            max_density if density is None else density, alpha, pool if reduce == "sum" else m,
             bias is not None, dense_keys, dense_queries,
         )  # fmt: skip
     return mask

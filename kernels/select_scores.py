@@ -31,9 +31,10 @@ from fg_inductor.kernels.group_means import masked_bias
 
 SCORE_BYTES = 1 << 28
 MAX_SPLITS = 8
+NARROW_SCALE = 11  # float16 scores are times 2 to this
 PROGRAMS = 1024  # enough to fill a GPU several times over
 LOG2_E = math.log2(math.e)
-NARROW_SCALE = tl.constexpr(11.0)  # base 2
+NARROW = tl.constexpr(float(NARROW_SCALE))
 
 
 @triton.jit
@@ -158,10 +159,15 @@ def _row_lse(
 
 
 @triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
 def _score_block(
     q, lse, k_ptr, bias_ptr, place, first, stored, qk_scale, stride_ks, G, last_bias,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_G: tl.constexpr, P: tl.constexpr, SLICES: tl.constexpr,
-    MASKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    MAX: tl.constexpr, MASKED: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Scores of the groups from ``first`` on for SLICES slices, whose P means are the columns p * SLICES + t of q."""
     k = _load_block(k_ptr, first, stride_ks, G, D, BLOCK_D, BLOCK_G, MASKED)
@@ -171,7 +177,8 @@ def _score_block(
         x += bias[:, None]
     score = tl.exp2(x)  # NaN where the score is NaN or +inf
     if P > 1:
-        score = tl.sum(tl.reshape(score, [BLOCK_G, P, SLICES]), 1)
+        score = tl.reshape(score, [BLOCK_G, P, SLICES])
+        score = tl.reduce(score, 1, _larger) if MAX else tl.sum(score, 1)
     if MASKED or HAS_BIAS:
         score = tl.where((bias > float("-inf"))[:, None], score, -1.0)
     tl.store(place, score.to(place.dtype.element_ty), mask=stored)
@@ -183,7 +190,7 @@ def _scores(
     stride_kb, stride_kh, stride_ks, stride_bb, stride_st, stride_split,
     first_head, heads, Hq, SHARE, R, T, G, means, blocks, qk_scale, last_bias,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_G: tl.constexpr, P: tl.constexpr,
-    SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr,
+    SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, MAX: tl.constexpr,
 ):  # fmt: skip
     SLICES: tl.constexpr = BLOCK_R // P
     b = (tl.program_id(2) // heads).to(tl.int64)
@@ -206,7 +213,7 @@ def _scores(
             total += tl.exp2(tl.load(lse_ptr + i * stride_split) - top)
         lse = top + tl.log2(total)
     if not WIDE:
-        lse -= NARROW_SCALE
+        lse -= NARROW
     # A mean without a query stands for its neighbour, and has no say.
     lse = tl.where(mean < means, lse, float("inf"))
 
@@ -221,10 +228,10 @@ def _scores(
     stored = (t < T)[None, :]
     for first in range(start, whole, BLOCK_G):
         _score_block(q, lse, k_ptr, bias_ptr, place + first, first, stored, qk_scale, stride_ks, G, last_bias,
-                     D, BLOCK_D, BLOCK_G, P, SLICES, False, HAS_BIAS, PRECISION)  # fmt: skip
+                     D, BLOCK_D, BLOCK_G, P, SLICES, MAX, False, HAS_BIAS, PRECISION)  # fmt: skip
     for first in range(whole, stop, BLOCK_G):
         _score_block(q, lse, k_ptr, bias_ptr, place + first, first, stored, qk_scale, stride_ks, G, last_bias,
-                     D, BLOCK_D, BLOCK_G, P, SLICES, True, HAS_BIAS, PRECISION)  # fmt: skip
+                     D, BLOCK_D, BLOCK_G, P, SLICES, MAX, True, HAS_BIAS, PRECISION)  # fmt: skip
 
 
 def row_lse_configuration(dtype: torch.dtype, d: int) -> dict:
@@ -286,8 +293,8 @@ class Scores:
         heads = max(1, min(self.Hq, SCORE_BYTES // (self.dtype.itemsize * B * self.T * self.row)))
         return torch.empty(B * heads, self.T, self.row, dtype=self.dtype, device=self.q.device)
 
-    def of_heads(self, first: int, heads: int, score: Tensor) -> None:
-        """Scores of the query heads first .. first + heads - 1 of each batch entry."""
+    def of_heads(self, first: int, heads: int, score: Tensor, reduce: str = "sum") -> None:
+        """Scores of the query heads first .. first + heads - 1 of each entry; ``reduce`` joins the means of a slice."""
         B, D = self.q.shape[0], self.q.shape[3]
         config = scores_configuration(self.q.dtype, D)
         slices = config["BLOCK_R"] // self.p
@@ -296,5 +303,6 @@ class Scores:
         _scores[(triton.cdiv(self.T, slices), triton.cdiv(self.row, blocks * config["BLOCK_G"]), B * heads)](
             self.q, self.k, self.bias, self.lse, score, *self.strides, self.row, self.lse.stride(0),
             first, heads, self.Hq, self.share, self.R, self.T, self.G, self.means, blocks, *self.numbers,
-            **self.flags, P=self.p, SPLITS=self.lse.shape[0], WIDE=self.dtype == torch.float32, **config,
+            **self.flags, P=self.p, MAX=reduce == "max", SPLITS=self.lse.shape[0], WIDE=self.dtype == torch.float32,
+            **config,
         )  # fmt: skip

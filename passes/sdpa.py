@@ -100,7 +100,8 @@ class _Rewriter:
             shape = (attention.factor, settings.m, settings.n)
             cast = value(node).dtype
             density = (settings.queries_per_mean, settings.top_p, settings.density, settings.max_density)
-            select_args = (q, k, bias, order, *shape, *density, dense_keys, dense_queries, min_seq)
+            rules = (settings.reduce, settings.gamma, settings.alpha)
+            select_args = (q, k, bias, order, *shape, *density, dense_keys, dense_queries, min_seq, *rules)
             mask = call(graph, ops.select_pooled, select_args, node, cast)
             attention_args = (q, k, v, mask, bias, order, *shape, settings.tail, min_seq, settings.kernel)
             result = call(graph, ops.attention, attention_args, node, cast)

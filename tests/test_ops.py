@@ -332,6 +332,10 @@ SELECT_ONLY = {
     "top-p-percent": ({"top_p": 90.0}, r"top_p=90.0 must lie in \(0, 1\]"),
     "odd-keys": ({"dense_keys": [0, 4, 9]}, r"dense_keys must hold \[start, end\) pairs, got 3 numbers"),
     "odd-queries": ({"dense_queries": [7]}, r"dense_queries must hold \[start, end\) pairs, got 1 numbers"),
+    "reduce": ({"reduce": "mean"}, r"reduce='mean'; choose one of \('sum', 'max'\)"),
+    "gamma": ({"gamma": 1.0}, "gamma=1.0 is compared with cosines; it must lie between 0 and 1"),
+    "alpha": ({"alpha": 0.0}, "alpha=0.0 with density=None; give a positive alpha"),
+    "alpha-density": ({"alpha": 0.5, "density": 0.3}, "alpha=0.5 with density=0.3; give a positive alpha, or a dens"),
 }
 ATTENTION_ONLY = {
     "tail": ({"tail": "mean"}, r"tail='mean'; choose one of \('none', 'pooled'\)"),
@@ -357,6 +361,7 @@ def _bad_call(op, changes):
     tensors = _tensors()
     if op is ops.select_pooled:
         usual = {"pool": 16, "top_p": 0.9, "density": None, "max_density": 1.0, "dense_keys": [], "dense_queries": []}
+        usual |= {"reduce": "sum", "gamma": None, "alpha": None}
         tensors.pop("v")
     else:
         usual = {"mask": torch.zeros(2, 4, 3, 4, dtype=torch.int32), "tail": "none", "kernel_name": "auto"}

@@ -37,6 +37,9 @@ class Case:
     ordered: bool = False
     dense_keys: tuple = ()
     dense_queries: tuple = ()
+    reduce: str = "sum"
+    gamma: float | None = None
+    alpha: float | None = None
     spread: float = 1.0
 
     def __str__(self):
@@ -66,6 +69,26 @@ CASES = (
     Case("ranges", dense_keys=(0, 10, 290, 300), dense_queries=(140, 150), density=0.2, n=16),
     Case("ranges-ordered", dense_keys=(37, 38), dense_queries=(0, 1), ordered=True),
     Case("ranges-over-budget", dense_keys=(0, 200), density=0.1),  # forced groups are kept beyond the density
+    Case("both-mass", top_p=0.3, max_density=0.9),  # top-p and its bound: the mass binds
+    Case("both-bound", top_p=0.95, max_density=0.3),
+    Case("both-padding", batch=2, keys=420, bias="padding", top_p=0.9, max_density=0.3),
+    Case("max", reduce="max", spread=4.0),
+    Case("max-pool-8", m=128, pool=8, queries=200, reduce="max", density=0.3),  # means without a query
+    Case("max-padding", batch=2, keys=420, bias="padding", reduce="max"),
+    Case("alpha", alpha=1.0, queries=170),  # the last slice sums 3 means, not 4
+    Case("alpha-single-keys", alpha=0.7, n=1, m=32, pool=32),
+    Case("alpha-max", alpha=1.3, reduce="max", queries=170),
+    Case("alpha-bounded", alpha=0.5, max_density=0.3),
+    Case("alpha-loose-bound", alpha=1.2, max_density=0.9),
+    Case("alpha-above-all", alpha=60.0),  # the best group is always kept
+    Case("alpha-ranges", alpha=60.0, dense_keys=(37, 60)),  # and counts as kept where a range is
+    Case("alpha-padding", alpha=1.0, batch=2, keys=420, bias="padding"),
+    Case("alpha-entry", alpha=1.0, batch=2, bias="entry"),
+    Case("gamma", gamma=0.355, m=32, pool=8, top_p=0.5, heads=4),
+    Case("gamma-ordered", gamma=0.255, n=16, density=0.3, ordered=True, queries=200),
+    Case("gamma-single-keys", gamma=0.255, n=1, queries=200),
+    Case("gamma-pool-is-slice", gamma=0.19, m=32, pool=32, queries=200, keys=420, n=32, alpha=1.0),
+    Case("gamma-padding", gamma=0.355, batch=2, keys=420, bias="padding", m=16, pool=8),
 )
 
 
@@ -80,6 +103,7 @@ def arguments(case: Case, dtype, device):
     if case.ordered:
         order = torch.randperm(case.queries, generator=torch.Generator().manual_seed(1)).to(device, torch.int32)
     selection = (case.top_p, case.density, case.max_density, list(case.dense_keys), list(case.dense_queries))
+    selection = (*selection, case.reduce, case.gamma, case.alpha)
     return (q, k, bias, order, case.dim**-0.5, case.m, case.n, case.pool), selection
 
 
@@ -113,7 +137,11 @@ def check(case: Case, dtype, device):
     assert mask.shape == exact_mask.shape and mask.dtype == torch.int32
     assert not unpack(mask, mask.shape[-1] * 32)[..., groups:].any(), "unused bits must be 0"
     keep, exact_keep = unpack(mask, groups), unpack(exact_mask, groups)
-    score, valid = reference.pooled_scores(q.double(), k.double(), *rest)
+    score, valid = reference.pooled_scores(q.double(), k.double(), *rest, case.reduce, case.gamma)
+    unknown = score.isnan()
+    assert unknown.any() == (case.gamma is not None) and not unknown.all(), "the gate must hold back some, and not all"
+    assert (keep | ~unknown).all(), "a group without a score was dropped"
+    score = score.nan_to_num(torch.inf)
     budget = 2 * score_error(scoring, score)
     differ = keep != exact_keep
     assert not (keep & ~valid[:, None, None]).any(), "a masked group was kept"
@@ -121,7 +149,7 @@ def check(case: Case, dtype, device):
     above = torch.where(exact_keep, -torch.inf, score).amax(-1, keepdim=True)
     far = ((score - cut).abs() > budget) & ((score - above).abs() > budget)
     assert not (differ & far).any(), f"{(differ & far).sum()} groups differ that are not at the cut"
-    if case.density is not None and not case.dense_keys:
+    if case.density is not None and not case.dense_keys and case.gamma is None:
         assert torch.equal(keep.sum(-1), exact_keep.sum(-1))
     return differ.sum().item()
 

@@ -22,6 +22,10 @@ ACCEPTED = [
     ("tail", "pooled", "pooled"),
     ("kernel", "hopper", "hopper"),
     ("strict", True, True),
+    ("reduce", "max", "max"),
+    ("gamma", 0.6, 0.6),
+    ("gamma", None, None),
+    ("alpha", 1, 1.0),
 ]
 
 
@@ -55,6 +59,12 @@ REFUSED = [
     ("fgattn.token_grid", (1, 2), "must be (T, H, W)"),
     ("fgattn.token_grid", (True, 2, 3), "must be (T, H, W)"),
     ("fgattn.token_grid", "atuo", "must be (T, H, W)"),
+    ("fgattn.reduce", "mean", "must be one of 'sum', 'max'; got 'mean'"),
+    ("fgattn.gamma", 1.0, "must be a positive number below 1 or None; got 1.0"),
+    ("fgattn.gamma", -0.5, "must be a positive number below 1 or None; got -0.5"),
+    ("fgattn.alpha", 0, "must be a positive number or None; got 0"),
+    ("fgattn.alpha", float("nan"), "must be a positive number or None; got nan"),
+    ("fgattn.alpha", True, "must be a positive number or None; got True"),
     ("fgattn.strict", 1, "must be True or False; got 1"),
     ("fgattn.dense_first", 0.1, "must be 0.0: steps are not counted yet; got 0.1"),
 ]
@@ -66,6 +76,11 @@ def test_refuses(key, value, message):
         Settings.parse({key: value})
     assert str(error.value).startswith("fgattn: ")
     assert message in str(error.value)
+
+
+def test_refuses_two_rules_for_how_much_to_keep():
+    with pytest.raises(ValueError, match=r"fgattn: alpha=0.5 and density=0.3 both say how much to keep; give one."):
+        Settings.parse({"fgattn.alpha": 0.5, "fgattn.density": 0.3})
 
 
 def test_defaults_pass_their_own_checks():

@@ -40,7 +40,7 @@ POINTERS = {
     "statistics_ptr": "*fp32", "dk_sum_ptr": "*fp32", "dv_sum_ptr": "*fp32", "dtail_k_ptr": "*fp32",
     "dtail_v_ptr": "*fp32",
 }  # fmt: skip
-FLOATS = ("scale", "qk_scale", "last_bias", "top_p", "share_high", "share_low")
+FLOATS = ("scale", "qk_scale", "last_bias", "top_p", "share_high", "share_low", "alpha", "gamma")
 
 
 def compile_for_hopper(kernel, constants: dict, **options):
@@ -183,23 +183,25 @@ def table() -> list[dict]:
     rows.append(resources(work_order._work_order, "", order, num_warps=4))
     means = dict(D=128, BLOCK_D=128, POOL=16, BLOCK_R=8, N=8, BLOCK_G=16)
     means |= dict(HAS_ORDER=True, HAS_BIAS=False, BOOL=False, bias_ptr=None)
-    rows.append(resources(group_means._group_means, "pool 16 order, N 8", means))
+    for name, joined in (("", (0, 0)), (" gamma", (8, 1))):
+        constants = means | dict(zip(("Q_JOINED", "K_JOINED"), joined, strict=True))
+        rows.append(resources(group_means._group_means, f"pool 16 order, N 8{name}", constants))
     scoring = dict(D=128, BLOCK_D=128, HAS_BIAS=False, PRECISION="tf32", bias_ptr=None)
     config = select_scores.row_lse_configuration(torch.bfloat16, 128)
     options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
     rows.append(resources(select_scores._row_lse, "D 128", scoring | config, **options))
     config = select_scores.scores_configuration(torch.bfloat16, 128)
     options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
-    for p in (8, 1):
-        constants = scoring | config | dict(P=p, SPLITS=2, WIDE=False)
-        rows.append(resources(select_scores._scores, f"D 128 P {p}", constants, **options))
+    for p, reduce in ((8, ""), (1, ""), (8, " max")):
+        constants = scoring | config | dict(P=p, SPLITS=2, WIDE=False, MAX=bool(reduce))
+        rows.append(resources(select_scores._scores, f"D 128 P {p}{reduce}", constants, **options))
     choice = dict(M=128, N=8, WIDE=False, HAS_BIAS=False, HAS_ORDER=False, HAS_FORCED=False, HAS_DENSE=False)
     choice |= dict(order_ptr=None, dense_keys=(), dense_queries=())
     for groups in (4095, 32_760, 75_600):
-        for name, mass in (("top-p", True), ("density", False)):
+        for name, mass, alpha in (("top-p", True, False), ("density", False, False), ("alpha", False, True)):
             config = select_cut.configuration((groups + 127) // 128 * 4, wide=False)
             warps = config.pop("num_warps")
-            constants = choice | config | dict(COUNT=not mass, MASS=mass)
+            constants = choice | config | dict(COUNT=not (mass or alpha), MASS=mass, ALPHA=alpha)
             rows.append(resources(select_cut._cut, f"{groups} groups {name}", constants, num_warps=warps))
     return rows
 
