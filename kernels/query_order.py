@@ -59,11 +59,38 @@ def _blocks(size: int, edge: int, device: torch.device) -> tuple[Tensor, Tensor,
     return index, start, end - start, count
 
 
-def query_order(t: int, h: int, w: int, before: int, after: int, m: int, device: torch.device) -> Tensor:
-    """int32 [before + t*h*w + after]: the token at each place of query order, for a video of t x h x w tokens.
+def hilbert_index(t: Tensor, h: Tensor, w: Tensor, bits: int) -> Tensor:
+    """The place of each token on the Hilbert curve through a cube of 2^bits a side (Skilling 2004)."""
+    axes = list(torch.broadcast_tensors(t, h, w))
+    for bit in range(bits - 1, 0, -1):  # undo what the curve does in each octant: a reflection, or an exchange of axes
+        below = (1 << bit) - 1
+        for i in range(3):
+            reflected = (axes[i] >> bit) & 1 == 1
+            exchanged = torch.where(reflected, 0, (axes[0] ^ axes[i]) & below)
+            axes[0] = torch.where(reflected, axes[0] ^ below, axes[0] ^ exchanged)
+            if i:
+                axes[i] = axes[i] ^ exchanged
+    axes[1] = axes[1] ^ axes[0]  # Gray code
+    axes[2] = axes[2] ^ axes[1]
+    flip = torch.zeros_like(axes[2])
+    for bit in range(bits - 1, 0, -1):
+        flip = torch.where((axes[2] >> bit) & 1 == 1, flip ^ ((1 << bit) - 1), flip)
+    index = torch.zeros_like(flip)
+    for bit in range(bits - 1, -1, -1):
+        for axis in axes:
+            index = index * 2 + (((axis ^ flip) >> bit) & 1)
+    return index
 
-    The video comes first; the ``before`` and ``after`` tokens (text) follow, so that they shift no slice.
-    """
+
+def _hilbert_rank(t: int, h: int, w: int, device: torch.device) -> Tensor:
+    sides = [torch.arange(size, device=device) for size in (t, h, w)]
+    return hilbert_index(
+        sides[0].view(-1, 1, 1), sides[1].view(-1, 1), sides[2], max(1, (max(t, h, w) - 1).bit_length())
+    )
+
+
+def _rod_rank(t: int, h: int, w: int, m: int, device: torch.device) -> Tensor:
+    """[t, h, w] numbers that sort the tokens along the rods, and within each slice of m along thinner ones."""
     edges = cross_section(t, h, w, m)
     row = torch.arange(h, device=device)
     column = torch.arange(w, device=device)
@@ -85,6 +112,18 @@ def query_order(t: int, h: int, w: int, before: int, after: int, m: int, device:
     run = inner_t * runs + torch.where(inner_t % 2 == 1, runs - 1 - run, run)
     along = torch.where(run % 2 == 1, w - 1 - column, column)
     rank = ((place // m * t * h + rod) * (THICKEST * h) + run) * w + along
-    video = (rank * h + inner_h).flatten().argsort() + before
+    return rank * h + inner_h
+
+
+def query_order(
+    t: int, h: int, w: int, before: int, after: int, m: int, device: torch.device, curve: str = "rods"
+) -> Tensor:
+    """int32 [before + t*h*w + after]: the token at each place of query order, for a video of t x h x w tokens.
+
+    The video comes first; the ``before`` and ``after`` tokens (text) follow, so that they shift no slice. ``curve`` is
+    "rods" (above) or "hilbert": the three-dimensional Hilbert curve through the smallest cube that holds the grid.
+    """
+    rank = _rod_rank(t, h, w, m, device) if curve == "rods" else _hilbert_rank(t, h, w, device)
+    video = rank.flatten().argsort() + before
     text = torch.arange(before + after, device=device)
     return torch.cat([video, torch.where(text < before, text, text + t * h * w)]).to(torch.int32)

@@ -93,9 +93,34 @@ def in_ranges(index: Tensor, ranges: list[int]) -> Tensor:
 
 
 def any_in_chunks(flags: Tensor, size: int) -> Tensor:
-    """bool [S] -> bool [ceil(S / size)]: whether any flag of each chunk is set."""
-    chunks = (flags.shape[0] + size - 1) // size
-    return torch.nn.functional.pad(flags, (0, chunks * size - flags.shape[0])).view(chunks, size).any(1)
+    """bool [..., S] -> bool [..., ceil(S / size)]: whether any flag of each chunk is set."""
+    chunks = (flags.shape[-1] + size - 1) // size
+    return torch.nn.functional.pad(flags, (0, chunks * size - flags.shape[-1])).unflatten(-1, (chunks, size)).any(-1)
+
+
+def ranking(mass: Tensor, forced: Tensor, valid: Tensor) -> Tensor:
+    """Groups from best to worst, ties by index: forced ones before all others, masked ones behind."""
+    rank_by = mass.masked_fill(forced, math.inf).masked_fill(~valid, -1)
+    return rank_by.sort(dim=-1, descending=True, stable=True).indices
+
+
+def keep_dense(
+    mask: Tensor,
+    order: Tensor | None,
+    queries: int,
+    keys: int,
+    m: int,
+    n: int,
+    dense_keys: list[int],
+    dense_queries: list[int],
+) -> Tensor:
+    """The block mask, and all groups with a key in ``dense_keys``, and all slices with a query in ``dense_queries``."""
+    groups, words = group_count(keys, n), word_count(keys, n)
+    column = any_in_chunks(in_ranges(torch.arange(keys, device=mask.device), dense_keys), n)
+    tokens = torch.arange(queries, device=mask.device) if order is None else order.long()
+    row = any_in_chunks(in_ranges(tokens, dense_queries), m)
+    everything = pack(torch.ones(groups, dtype=torch.bool, device=mask.device), words)
+    return mask | pack(column, words) | torch.where(row[:, None], everything, 0)
 
 
 def pooled_scores(
@@ -190,8 +215,7 @@ def select_pooled(
     mass = score.nan_to_num(0, 0, 0)
     share = max_density if density is None else density
     limit = (valid.sum(-1, keepdim=True).double() * share + 0.5).floor().clamp_min(1)
-    rank_by = mass.masked_fill(forced, math.inf).masked_fill(~valid, -1)
-    ranked = rank_by.sort(dim=-1, descending=True, stable=True).indices
+    ranked = ranking(mass, forced, valid)
     kept = torch.arange(groups, device=device) < limit
     ordered = mass.gather(-1, ranked)
     if alpha is not None:

@@ -1,4 +1,4 @@
-"""Find scaled-dot-product attention, decide, and rewrite it to ``fgattn::select_pooled`` and ``fgattn::attention``.
+"""Find scaled-dot-product attention, decide, and rewrite it to a selector and ``fgattn::attention``.
 
 It works on Dynamo's graph (and export's), where a site is one call as the user wrote it; after AOTAutograd it is a
 device kernel with its backward. ``sdpa_kernel(...)`` chooses among dense kernels: a site inside it is rewritten.
@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from fg_inductor.kernels import ops
-from fg_inductor.passes import key_mask, provenance, segments
+from fg_inductor.passes import key_mask, provenance, segments, selector
 from fg_inductor.passes.graph import Extent, add, call, known, module_path, name, product, same, shape_text, value
 from fg_inductor.passes.key_mask import CASTS
 from fg_inductor.passes.layout import Layout
@@ -72,6 +72,10 @@ class _Rewriter:
             if refused:
                 return Site(**row, decision="dense", reason=refused.reason, detail=refused.detail, video=refused.video)
             min_seq, details = self._replace(attention, index)
+        except selector.Refused as error:
+            self._undo(node, last)
+            refused = error.refusal
+            return Site(**row, decision="dense", reason=refused.reason, detail=refused.detail, video=refused.video)
         except Exception as error:
             self._undo(node, last)
             if self.settings.strict:
@@ -99,10 +103,8 @@ class _Rewriter:
             order = self._order(q, of_queries, node, details)
             shape = (attention.factor, settings.m, settings.n)
             cast = value(node).dtype
-            density = (settings.queries_per_mean, settings.top_p, settings.density, settings.max_density)
-            rules = (settings.reduce, settings.gamma, settings.alpha)
-            select_args = (q, k, bias, order, *shape, *density, dense_keys, dense_queries, min_seq, *rules)
-            mask = call(graph, ops.select_pooled, select_args, node, cast)
+            operands = selector.Operands(q, k, bias, order, attention.factor, dense_keys, dense_queries, min_seq)
+            mask = selector.emit(graph, settings, operands, node, cast)
             attention_args = (q, k, v, mask, bias, order, *shape, settings.tail, min_seq, settings.kernel)
             result = call(graph, ops.attention, attention_args, node, cast)
             out = call(graph, operator.getitem, (result, 0), node)
@@ -158,7 +160,8 @@ class _Rewriter:
                 for x in part:
                     total = add(graph, total, x.read(graph, node), node)
                 sizes.append(total)
-            args = (*sizes, settings.m, value(q).device)
+            curve = (selector.CURVES[settings.mask],) if settings.mask in selector.CURVES else ()
+            args = (*sizes, settings.m, value(q).device, *curve)
             self.orders[key] = call(graph, torch.ops.fgattn.query_order.default, args, node)
         return self.orders[key]
 

@@ -102,7 +102,7 @@ def test_a_grid_that_divides_is_cut_into_boxes(grid):
 
 
 @pytest.mark.parametrize("m", SLICES)
-@pytest.mark.parametrize("grid", [*GRIDS[:4], (1, 45, 80), (5, 16, 16)], ids=str)
+@pytest.mark.parametrize("grid", [GRIDS[0], *GRIDS[2:4], (1, 45, 80), (5, 16, 16)], ids=str)
 def test_the_estimate_chooses_well(grid, m, monkeypatch):
     """The chosen cross-section is within a tenth of the best that there is."""
     found = {}

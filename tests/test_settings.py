@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from fg_inductor.settings import Settings, options_table
+from fg_inductor.settings import Settings, StaticMask, options_table
 
 ACCEPTED = [
     ("density", 1, 1.0),
@@ -76,6 +76,41 @@ def test_refuses(key, value, message):
         Settings.parse({key: value})
     assert str(error.value).startswith("fgattn: ")
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            {"tile": (1, 2, 2)},
+            "must be a dict with some of 'tile', 'window', 'radius', 'ranges', a rule besides the tile",
+        ),
+        ({"windows": (1, 3, 3)}, "must be a dict with some of"),
+        ("window", "must be a dict with some of"),
+        ({"window": (1, 2, 3)}, "must have a 'window' of three odd numbers of tiles"),
+        ({"window": (3, 3)}, "must have a 'window' of three odd numbers of tiles"),
+        ({"window": 3}, "must have whole numbers, 1 or more, in 'window'"),
+        ({"tile": (2, 8), "radius": 3}, "must have a 'tile' of three sizes"),
+        ({"ranges": [0, 4, 9]}, "must have 'ranges' of [start, end) pairs"),
+        ({"ranges": [-1, 4]}, "must have whole numbers, 0 or more, in 'ranges'"),
+        ({"radius": -1}, "must have a 'radius' of 0 tokens or more"),
+    ],
+    ids=str,
+)
+def test_refuses_static(value, message):
+    with pytest.raises(ValueError) as error:
+        Settings.parse({"fgattn.mask": "static", "fgattn.static": value})
+    assert str(error.value).startswith(f"fgattn: option 'fgattn.static' {message}")
+
+
+def test_accepts_static():
+    rule = {"tile": [1, 4, 4], "window": (1, 3, 3), "radius": 20, "ranges": [0, np.int64(30)]}
+    settings = Settings.parse({"fgattn.mask": "static", "fgattn.static": rule})
+    assert settings.static == StaticMask((1, 4, 4), (1, 3, 3), 20.0, (0, 30))
+    assert isinstance(hash(settings), int)
+    for options in ({"fgattn.mask": "static"}, {"fgattn.static": {"radius": 3}}):
+        with pytest.raises(ValueError, match=r"with static=.*; the mask 'static' is what .* give both, or neither"):
+            Settings.parse(options)
 
 
 def test_refuses_two_rules_for_how_much_to_keep():
