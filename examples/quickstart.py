@@ -99,7 +99,7 @@ def mask_of_layer(model, layer: int, noisy: Tensor, level: float, grid, settings
     q, k = calls.inputs[layer]
     order = ops.query_order(*grid, 0, 0, settings.m, q.device)
     mask = ops.select_pooled(
-        q, k, None, order, q.shape[-1] ** -0.5, settings.m, settings.n, settings.pool,
+        q, k, None, order, q.shape[-1] ** -0.5, settings.m, settings.n, settings.queries_per_mean,
         settings.top_p, settings.density, settings.max_density, [], [], 0,
     )  # fmt: skip
     return mask, order

@@ -124,9 +124,14 @@ def _rich_table(report: Report):
 
 def summary(settings: Settings) -> str:
     """What decides the mask, in few words: ``pooled 128x8, top_p 0.9``."""
-    keep = f"top_p {settings.top_p:g}" if settings.density is None else f"density {settings.density:g}"
+    keep = ""
+    if settings.mask == "dfs":
+        keep = f", density {settings.block_density:g}"
+    elif settings.mask == "pooled":
+        rule = next(name for name in ("alpha", "density", "top_p") if getattr(settings, name) is not None)
+        keep = f", {rule} {getattr(settings, rule):g}"
     tail = "" if settings.tail == "none" else f", {settings.tail} tail"
-    return f"{settings.mask} {settings.slice}, {keep}{tail}"
+    return f"{settings.mask} {settings.slice}{keep}{tail}"
 
 
 class Meter:

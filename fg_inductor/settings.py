@@ -2,15 +2,16 @@
 
 import dataclasses
 import difflib
+import math
 import numbers
 from dataclasses import dataclass
 from typing import Any
 
-from fg_inductor.kernels.checks import KERNELS, POOLS, TAILS
+from fg_inductor.kernels.checks import KERNELS, POOLS, REDUCES, TAILS
 from fg_inductor.kernels.mask import GROUPS, SLICES
+from fg_inductor.selectors import registered_selector, selector_names
 
 PREFIX = "fgattn."
-MASKS = ("pooled", "dense")
 INNERS = ("inductor", "aot_eager", "eager")
 WHENS = ("faster", "always")
 
@@ -37,6 +38,54 @@ def _one_of(*allowed):
     return read
 
 
+def _mask(value):
+    return _one_of(*selector_names())(value)
+
+
+@dataclass(frozen=True)
+class StaticMask:
+    """What ``fgattn.static`` describes; ``kernels/select_static.py`` says what each means. The window is in tiles."""
+
+    tile: tuple[int, int, int] = (2, 8, 8)
+    window: tuple[int, ...] = ()
+    radius: float = 0.0
+    ranges: tuple[int, ...] = ()
+
+
+def _static(value):
+    if value is None or isinstance(value, StaticMask):
+        return value
+    names = [f.name for f in dataclasses.fields(StaticMask)]
+    if not isinstance(value, dict) or not set(value) <= set(names) or not set(value) - {"tile"}:
+        raise ValueError(f"must be a dict with some of {', '.join(map(repr, names))}, a rule besides the tile, or None")
+    read = dict(value)
+    for name in ("tile", "window", "ranges"):
+        if name in read:
+            numbers_ = tuple(map(_whole, read[name])) if isinstance(read[name], (tuple, list)) else (None,)
+            smallest = 0 if name == "ranges" else 1
+            if any(x is None or x < smallest for x in numbers_):
+                raise ValueError(f"must have whole numbers, {smallest} or more, in {name!r}")
+            read[name] = numbers_
+    if len(read.get("tile", (1, 1, 1))) != 3:
+        raise ValueError("must have a 'tile' of three sizes: time, height, width")
+    if "window" in read and (len(read["window"]) != 3 or any(x % 2 == 0 for x in read["window"])):
+        raise ValueError("must have a 'window' of three odd numbers of tiles: time, height, width")
+    if len(read.get("ranges", ())) % 2:
+        raise ValueError("must have 'ranges' of [start, end) pairs: an even number of tokens")
+    radius = read.get("radius", 0.0)
+    if isinstance(radius, bool) or not isinstance(radius, numbers.Real) or not 0 <= radius < math.inf:
+        raise ValueError("must have a 'radius' of 0 tokens or more")
+    return StaticMask(**read | {"radius": float(radius)})
+
+
+def _pool(value):
+    if isinstance(value, str) and value == "auto":
+        return value
+    if _whole(value) not in POOLS:
+        raise ValueError(f"must be 'auto' or one of {', '.join(map(str, POOLS))}")
+    return _whole(value)
+
+
 def _slice(value):
     m, _, n = value.partition("x") if isinstance(value, str) else ("", "", "")
     if not (m.isdecimal() and n.isdecimal() and int(m) in SLICES and int(n) in GROUPS):
@@ -50,6 +99,17 @@ def _fraction(optional=False):
             return None
         if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value <= 1:
             raise ValueError("must be a number in (0, 1]" + (" or None" if optional else ""))
+        return float(value)
+
+    return read
+
+
+def _between(high):
+    def read(value):
+        if value is None:
+            return None
+        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < high:
+            raise ValueError("must be a positive number" + (f" below {high}" if high < math.inf else "") + " or None")
         return float(value)
 
     return read
@@ -94,14 +154,35 @@ def _option(default, read, text):
 class Settings:
     """The options, validated. ``Settings.parse`` makes one from the user's dict."""
 
-    mask: str = _option("pooled", _one_of(*MASKS), "selector that makes the mask: 'pooled' (at run time) or 'dense'")
+    mask: str = _option(
+        "pooled",
+        _mask,
+        "selector that makes the mask: 'pooled' (at run time), 'dfs' (DFSAttn's blocks), 'static' (by place alone), "
+        "'dense', or one of your own (`docs/selectors.md`)",
+    )
     slice: str = _option("128x8", _slice, "M queries by N keys that are kept or dropped together")
     top_p: float = _option(0.9, _fraction(), "share of the estimated attention mass to keep, in (0, 1]")
     density: float | None = _option(
-        None, _fraction(optional=True), "fixed share of key groups to keep, instead of top_p"
+        None, _fraction(optional=True), "fixed share of key groups to keep, instead of top_p; 'dfs' has 0.3 for None"
     )
     max_density: float = _option(1.0, _fraction(), "bound on the share of key groups that top_p keeps")
-    pool: int = _option(16, _one_of(*POOLS), "queries in one mean of the pooled score")
+    pool: int | str = _option(
+        "auto", _pool, "queries in one mean of the pooled score; 'auto': 16, and the whole slice where N is 1"
+    )
+    reduce: str = _option(
+        "sum", _one_of(*REDUCES), "how the means of a slice are joined: 'sum' of their estimates, or the 'max'"
+    )
+    gamma: float | None = _option(
+        None, _between(1), "self-similarity (mean cosine with the mean) below which slices and groups are kept whole"
+    )
+    alpha: float | None = _option(
+        None, _between(math.inf), "keep groups above alpha times the uniform probability, instead of top_p"
+    )
+    static: StaticMask | None = _option(  # noqa: RUF009
+        None,
+        _static,
+        "what the mask 'static' keeps: a dict of 'tile', 'window', 'radius' and 'ranges' (`docs/selectors.md`)",
+    )
     tail: str = _option(
         "none", _one_of(*TAILS), "dropped keys: 'none', or 'pooled' (one summary key for each 128 keys)"
     )
@@ -157,7 +238,17 @@ class Settings:
                 values[name] = fields[name].metadata["read"](value)
             except ValueError as error:
                 raise ValueError(f"fgattn: option {key!r} {error}; got {value!r}.") from None
-        return cls(**values)
+        settings = cls(**values)
+        if settings.alpha is not None and settings.density is not None:
+            raise ValueError(
+                f"fgattn: alpha={settings.alpha} and density={settings.density} both say how much to keep; give one."
+            )
+        if (settings.mask == "static") != (settings.static is not None):
+            raise ValueError(
+                f"fgattn: mask={settings.mask!r} with static={settings.static!r}; the mask 'static' is what the option "
+                "'fgattn.static' describes: give both, or neither."
+            )
+        return settings
 
     @property
     def m(self) -> int:
@@ -168,6 +259,23 @@ class Settings:
     def n(self) -> int:
         """Keys in a group."""
         return int(self.slice.partition("x")[2])
+
+    @property
+    def selector(self):
+        """The operator of a selector of the user's own; None for the built-in ones."""
+        return registered_selector(self.mask)
+
+    @property
+    def block_density(self) -> float:
+        """Share of the blocks that the mask 'dfs' keeps: ``density``, or the 0.3 that DFSAttn begins with."""
+        return 0.3 if self.density is None else self.density
+
+    @property
+    def queries_per_mean(self) -> int:
+        """``pool`` in numbers. Scoring costs 1 / (pool * N) of dense attention's products: 6% at pool 16 and N = 1."""
+        if self.pool == "auto":
+            return min(self.m, 16) if self.n > 1 else self.m
+        return self.pool
 
     def changed(self) -> dict[str, Any]:
         """The options that are not at their defaults."""

@@ -16,6 +16,8 @@ HEAD_DIMS = (64, 96, 128, 256)
 TAILS = ("none", "pooled")
 KERNELS = ("auto", "portable", "hopper")
 POOLS = (8, 16, 32, 64, 128)
+REDUCES = ("sum", "max")
+CURVES = ("rods", "hilbert")
 
 
 def fail(op: str, message: str) -> NoReturn:
@@ -37,6 +39,20 @@ def check_slice(op: str, m: int, n: int | None = None) -> None:
         fail(op, f"m={m} queries a slice; choose one of {SLICES}.")
     if n is not None and n not in GROUPS:
         fail(op, f"n={n} keys a group; choose one of {GROUPS}.")
+
+
+def check_order(m: int, curve: str) -> None:
+    """The arguments of ``query_order``, sizes apart."""
+    check_slice("query_order", m)
+    if curve not in CURVES:
+        fail("query_order", f"curve={curve!r}; choose one of {CURVES}.")
+
+
+def check_ranges(op: str, dense_keys, dense_queries) -> None:
+    """[start, end) pairs of tokens."""
+    for name, x in (("dense_keys", dense_keys), ("dense_queries", dense_queries)):
+        if len(x) % 2:
+            fail(op, f"{name} must hold [start, end) pairs, got {len(x)} numbers.")
 
 
 def _check_tensor(op: str, name: str, x: Tensor, q: Tensor) -> None:
@@ -103,7 +119,9 @@ def check_mask(op: str, mask: Tensor, q: Tensor, k: Tensor, m: int, n: int) -> N
         )
 
 
-def check_select(q, k, key_bias, order, m, n, pool, top_p, density, max_density, dense_keys, dense_queries) -> None:
+def check_select(
+    q, k, key_bias, order, m, n, pool, top_p, density, max_density, dense_keys, dense_queries, reduce, gamma, alpha
+) -> None:
     """The arguments of ``select_pooled``."""
     op = "select_pooled"
     check_tensors(op, q, k, None, key_bias, order)
@@ -113,9 +131,47 @@ def check_select(q, k, key_bias, order, m, n, pool, top_p, density, max_density,
     for name, x in (("top_p", top_p), ("density", density), ("max_density", max_density)):
         if x is not None and not 0 < x <= 1:
             fail(op, f"{name}={x} must lie in (0, 1].")
-    for name, x in (("dense_keys", dense_keys), ("dense_queries", dense_queries)):
-        if len(x) % 2:
-            fail(op, f"{name} must hold [start, end) pairs, got {len(x)} numbers.")
+    check_ranges(op, dense_keys, dense_queries)
+    if reduce not in REDUCES:
+        fail(op, f"reduce={reduce!r}; choose one of {REDUCES}.")
+    if gamma is not None and not 0 < gamma < 1:
+        fail(op, f"gamma={gamma} is compared with cosines; it must lie between 0 and 1.")
+    if alpha is not None and (not alpha > 0 or density is not None):
+        fail(op, f"alpha={alpha} with density={density}; give a positive alpha, or a density, or neither.")
+
+
+def _check_same_length(op: str, q: Tensor, k: Tensor, order: Tensor) -> None:
+    if _differ(q.shape[2], k.shape[2]):
+        fail(op, f"{q.shape[2]} queries and {k.shape[2]} keys; it places both by one order, so give it as many.")
+    check_tensors(op, q, k, None, None, order)
+
+
+def check_dfs(q, k, key_bias, order, m, n, density) -> None:
+    """The arguments of ``select_dfs``."""
+    op = "select_dfs"
+    _check_same_length(op, q, k, order)
+    check_tensors(op, q, k, None, key_bias, order)
+    check_slice(op, m, n)
+    if not 0 < density <= 1:
+        fail(op, f"density={density} must lie in (0, 1].")
+
+
+def check_static(q, k, order, m, n, grid, before, tile, window, radius, ranges) -> None:
+    """The arguments of ``select_static``."""
+    op = "select_static"
+    _check_same_length(op, q, k, order)
+    check_slice(op, m, n)
+    if len(grid) != 3 or len(tile) != 3 or min(tile) < 1:
+        fail(op, f"grid={list(grid)}, tile={list(tile)}; give three positive sizes each: time, height, width.")
+    known = all(isinstance(x, int) for x in (*grid, before, q.shape[2]))
+    if known and (min(grid) < 1 or before < 0 or before + grid[0] * grid[1] * grid[2] > q.shape[2]):
+        fail(op, f"a grid of {list(grid)} behind {before} tokens does not fit into {q.shape[2]} tokens.")
+    if window and (len(window) != 3 or any(x < 1 or x % 2 == 0 for x in window)):
+        fail(op, f"window={list(window)} tiles; give three odd numbers, or none.")
+    if not radius >= 0:
+        fail(op, f"radius={radius} tokens; give 0 (none) or more.")
+    if len(ranges) % 2:
+        fail(op, f"ranges must hold [start, end) pairs, got {len(ranges)} numbers.")
 
 
 def check_attention(q, k, v, mask, key_bias, order, m, n, tail, kernel_name) -> None:

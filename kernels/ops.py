@@ -10,20 +10,36 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fg_inductor.kernels import choice, reference
-from fg_inductor.kernels.checks import check_attention, check_select, check_slice, fail
+from fg_inductor.kernels.checks import (
+    check_attention,
+    check_dfs,
+    check_order,
+    check_ranges,
+    check_select,
+    check_static,
+    fail,
+)
 from fg_inductor.kernels.mask import slice_count, word_count
+from fg_inductor.kernels.query_order import query_order as make_query_order
 
 # Inductor passes arguments that have a default by name, to functions of its own: none may be called ``kernel``.
 SCHEMAS = {
     "select_pooled": "(Tensor q, Tensor k, Tensor? key_bias, Tensor? order, float scale, int m, int n, int pool, "
-    "float top_p, float? density, float max_density, SymInt[] dense_keys, SymInt[] dense_queries, SymInt min_seq) "
-    "-> Tensor",
+    "float top_p, float? density, float max_density, SymInt[] dense_keys, SymInt[] dense_queries, SymInt min_seq, "
+    'str reduce="sum", float? gamma=None, float? alpha=None) -> Tensor',
     "attention": "(Tensor q, Tensor k, Tensor v, Tensor mask, Tensor? key_bias, Tensor? order, float scale, "
     'int m, int n, str tail, SymInt min_seq, str kernel_name="auto") -> (Tensor out, Tensor lse)',
     "attention_backward": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor mask, "
     "Tensor? key_bias, Tensor? order, float scale, int m, int n, str tail, SymInt min_seq, "
     "bool[3] wanted=[True, True, True]) -> (Tensor dq, Tensor dk, Tensor dv)",
-    "query_order": "(SymInt t, SymInt h, SymInt w, SymInt before, SymInt after, int m, Device device) -> Tensor",
+    "select_dfs": "(Tensor q, Tensor k, Tensor? key_bias, Tensor order, float scale, int m, int n, float density) "
+    "-> Tensor",
+    "select_static": "(Tensor q, Tensor k, Tensor order, int m, int n, SymInt[] grid, SymInt before, int[] tile, "
+    "int[] window, float radius, SymInt[] ranges) -> Tensor",
+    "keep_dense": "(Tensor mask, Tensor? order, SymInt queries, SymInt keys, int m, int n, SymInt[] dense_keys, "
+    "SymInt[] dense_queries) -> Tensor",
+    "query_order": "(SymInt t, SymInt h, SymInt w, SymInt before, SymInt after, int m, Device device, "
+    'str curve="rods") -> Tensor',
     "kept_density": "(Tensor mask, Tensor? key_bias, SymInt queries, SymInt keys, int m, int n) -> Tensor",
 }
 for _name, _schema in SCHEMAS.items():
@@ -38,23 +54,30 @@ def _unit_stride(*tensors):
 # select_pooled
 
 
-@torch.library.register_fake("fgattn::select_pooled")
-def _select_pooled_fake(
-    q, k, key_bias, order, scale, m, n, pool, top_p, density, max_density, dense_keys, dense_queries, min_seq
-):
-    check_select(q, k, key_bias, order, m, n, pool, top_p, density, max_density, dense_keys, dense_queries)
+def _new_mask(q, k, m, n):
     return q.new_empty(q.shape[0], q.shape[1], slice_count(q.shape[2], m), word_count(k.shape[2], n), dtype=torch.int32)
 
 
+@torch.library.register_fake("fgattn::select_pooled")
+def _select_pooled_fake(
+    q, k, key_bias, order, scale, m, n, pool, top_p, density, max_density, dense_keys, dense_queries, min_seq,
+    reduce="sum", gamma=None, alpha=None,
+):  # fmt: skip
+    limits = (top_p, density, max_density, dense_keys, dense_queries, reduce, gamma, alpha)
+    check_select(q, k, key_bias, order, m, n, pool, *limits)
+    return _new_mask(q, k, m, n)
+
+
 def _select_pooled(select):
-    def run(q, k, key_bias, order, scale, m, n, pool, top_p, density, max_density, dense_keys, dense_queries, min_seq):
-        check_select(q, k, key_bias, order, m, n, pool, top_p, density, max_density, dense_keys, dense_queries)
+    def run(
+        q, k, key_bias, order, scale, m, n, pool, top_p, density, max_density, dense_keys, dense_queries, min_seq,
+        reduce="sum", gamma=None, alpha=None,
+    ):  # fmt: skip
+        limits = (top_p, density, max_density, list(dense_keys), list(dense_queries), reduce, gamma, alpha)
+        check_select(q, k, key_bias, order, m, n, pool, *limits)
         if min(q.shape[2], k.shape[2]) < min_seq:
             return reference.full_mask(q, k, m, n)
-        pool = min(pool, m)
-        return select(
-            q, k, key_bias, order, scale, m, n, pool, top_p, density, max_density, list(dense_keys), list(dense_queries)
-        )
+        return select(q, k, key_bias, order, scale, m, n, min(pool, m), *limits)
 
     return run
 
@@ -68,7 +91,59 @@ def _select_pooled_cuda(q, k, *rest):
 torch.library.impl("fgattn::select_pooled", "CPU", _select_pooled(reference.select_pooled))
 torch.library.impl("fgattn::select_pooled", "CUDA", _select_pooled(_select_pooled_cuda))
 # The mask is not differentiated.
-torch.library.register_autograd("fgattn::select_pooled", lambda ctx, grad: (None,) * 14)
+torch.library.register_autograd("fgattn::select_pooled", lambda ctx, grad: (None,) * 17)
+
+
+# select_dfs, select_static, keep_dense: plain PyTorch on every device
+
+
+@torch.library.register_fake("fgattn::select_dfs")
+def _select_dfs_fake(q, k, key_bias, order, scale, m, n, density):
+    check_dfs(q, k, key_bias, order, m, n, density)
+    return _new_mask(q, k, m, n)
+
+
+def _select_dfs(q, k, key_bias, order, scale, m, n, density):
+    from fg_inductor.kernels import select_dfs
+
+    check_dfs(q, k, key_bias, order, m, n, density)
+    return select_dfs.select_dfs(q, k, key_bias, order, scale, m, n, density)
+
+
+@torch.library.register_fake("fgattn::select_static")
+def _select_static_fake(q, k, order, m, n, grid, before, tile, window, radius, ranges):
+    check_static(q, k, order, m, n, grid, before, tile, window, radius, ranges)
+    return _new_mask(q, k, m, n)
+
+
+def _select_static(q, k, order, m, n, grid, before, tile, window, radius, ranges):
+    from fg_inductor.kernels import select_static
+
+    check_static(q, k, order, m, n, grid, before, tile, window, radius, ranges)
+    return select_static.select_static(
+        q, k, order, m, n, list(grid), before, list(tile), list(window), radius, list(ranges)
+    )
+
+
+@torch.library.register_fake("fgattn::keep_dense")
+def _keep_dense_fake(mask, order, queries, keys, m, n, dense_keys, dense_queries):
+    check_ranges("keep_dense", dense_keys, dense_queries)
+    return torch.empty_like(mask, memory_format=torch.contiguous_format)
+
+
+def _keep_dense(mask, order, queries, keys, m, n, dense_keys, dense_queries):
+    check_ranges("keep_dense", dense_keys, dense_queries)
+    return reference.keep_dense(mask, order, queries, keys, m, n, list(dense_keys), list(dense_queries)).contiguous()
+
+
+for _name, _run, _inputs in (
+    ("select_dfs", _select_dfs, 8),
+    ("select_static", _select_static, 11),
+    ("keep_dense", _keep_dense, 8),
+):
+    torch.library.impl(f"fgattn::{_name}", "CPU", _run)
+    torch.library.impl(f"fgattn::{_name}", "CUDA", _run)
+    torch.library.register_autograd(f"fgattn::{_name}", lambda ctx, grad, inputs=_inputs: (None,) * inputs)
 
 
 # attention
@@ -185,16 +260,16 @@ torch.library.register_autograd("fgattn::attention_backward", _no_double_backwar
 
 
 @torch.library.register_fake("fgattn::query_order")
-def _query_order_fake(t, h, w, before, after, m, device):
-    check_slice("query_order", m)
+def _query_order_fake(t, h, w, before, after, m, device, curve="rods"):
+    check_order(m, curve)
     return torch.empty(before + t * h * w + after, dtype=torch.int32, device=device)
 
 
-def _query_order(t, h, w, before, after, m, device):
-    check_slice("query_order", m)
+def _query_order(t, h, w, before, after, m, device, curve="rods"):
+    check_order(m, curve)
     if min(t, h, w) <= 0 or min(before, after) < 0:
         fail("query_order", f"token grid {(t, h, w)}, {before} tokens before and {after} after; give positive sizes.")
-    return reference.query_order(t, h, w, before, after, m, device)
+    return make_query_order(t, h, w, before, after, m, device, curve)
 
 
 torch.library.impl("fgattn::query_order", "CompositeExplicitAutograd", _query_order)
@@ -239,9 +314,13 @@ def _register_autocast(name: str, tensors: int, device: str, key: str) -> None:
 
 for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
     _register_autocast("select_pooled", 2, _device, _key)
+    _register_autocast("select_dfs", 2, _device, _key)
     _register_autocast("attention", 3, _device, _key)
 
 select_pooled = torch.ops.fgattn.select_pooled.default
 attention = torch.ops.fgattn.attention.default
 query_order = torch.ops.fgattn.query_order.default
+select_dfs = torch.ops.fgattn.select_dfs.default
+select_static = torch.ops.fgattn.select_static.default
+keep_dense = torch.ops.fgattn.keep_dense.default
 kept_density = torch.ops.fgattn.kept_density.default

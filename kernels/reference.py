@@ -17,7 +17,6 @@ SUMMARY = 128  # keys in one block of the pooled tail
 # A float key_bias below this masks its key. Model code writes -inf, finfo.min or -10000 (-9984 in bfloat16), and no
 # score outweighs a bias of -1000.
 MASKED_BELOW = -1000.0
-CUBES = {128: (2, 8, 8), 64: (1, 8, 8), 32: (1, 4, 8), 16: (1, 4, 4)}  # tokens in time, height, width, by slice size
 
 
 def accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -68,6 +67,23 @@ def pool_queries(q: Tensor, m: int, pool: int) -> tuple[Tensor, Tensor]:
     return total / rows.clamp_min(1)[..., None], rows
 
 
+def self_similarity(x: Tensor, valid: Tensor, size: int) -> Tensor:
+    """Mean cosine of the rows of each run of ``size`` with their mean; 1 for a run without rows.
+
+    x [B, H, S, D], valid bool [B, S] -> [B, H, ceil(S / size)]. It says whether a mean speaks for its tokens: the gate
+    of SpargeAttn, which FG-Attn takes over.
+    """
+    runs = (x.shape[2] + size - 1) // size
+    padding = runs * size - x.shape[2]
+    valid = torch.nn.functional.pad(valid, (0, padding)).unflatten(-1, (runs, size))[:, None]
+    x = torch.nn.functional.pad(x, (0, 0, 0, padding)).unflatten(2, (runs, size))
+    count = valid.sum(-1)
+    mean = torch.where(valid[..., None], x, 0).sum(3, keepdim=True) / count.clamp_min(1)[..., None, None]
+    length = x.norm(dim=-1) * mean.norm(dim=-1)
+    cosine = torch.where(valid, (x * mean).sum(-1) / length.clamp_min(torch.finfo(x.dtype).tiny), 0)
+    return torch.where(count > 0, cosine.sum(-1) / count.clamp_min(1), 1)
+
+
 def in_ranges(index: Tensor, ranges: list[int]) -> Tensor:
     """Which of ``index`` lie in the half-open ranges [start0, end0, start1, end1, ...]."""
     inside = torch.zeros_like(index, dtype=torch.bool)
@@ -77,18 +93,56 @@ def in_ranges(index: Tensor, ranges: list[int]) -> Tensor:
 
 
 def any_in_chunks(flags: Tensor, size: int) -> Tensor:
-    """bool [S] -> bool [ceil(S / size)]: whether any flag of each chunk is set."""
-    chunks = (flags.shape[0] + size - 1) // size
-    return torch.nn.functional.pad(flags, (0, chunks * size - flags.shape[0])).view(chunks, size).any(1)
+    """bool [..., S] -> bool [..., ceil(S / size)]: whether any flag of each chunk is set."""
+    chunks = (flags.shape[-1] + size - 1) // size
+    return torch.nn.functional.pad(flags, (0, chunks * size - flags.shape[-1])).unflatten(-1, (chunks, size)).any(-1)
+
+
+def ranking(mass: Tensor, forced: Tensor, valid: Tensor) -> Tensor:
+    """Groups from best to worst, ties by index: forced ones before all others, masked ones behind."""
+    rank_by = mass.masked_fill(forced, math.inf).masked_fill(~valid, -1)
+    return rank_by.sort(dim=-1, descending=True, stable=True).indices
+
+
+def keep_dense(
+    mask: Tensor,
+    order: Tensor | None,
+    queries: int,
+    keys: int,
+    m: int,
+    n: int,
+    dense_keys: list[int],
+    dense_queries: list[int],
+) -> Tensor:
+    """The block mask, and all groups with a key in ``dense_keys``, and all slices with a query in ``dense_queries``."""
+    groups, words = group_count(keys, n), word_count(keys, n)
+    column = any_in_chunks(in_ranges(torch.arange(keys, device=mask.device), dense_keys), n)
+    tokens = torch.arange(queries, device=mask.device) if order is None else order.long()
+    row = any_in_chunks(in_ranges(tokens, dense_queries), m)
+    everything = pack(torch.ones(groups, dtype=torch.bool, device=mask.device), words)
+    return mask | pack(column, words) | torch.where(row[:, None], everything, 0)
 
 
 def pooled_scores(
-    q: Tensor, k: Tensor, key_bias: Tensor | None, order: Tensor | None, scale: float, m: int, n: int, pool: int
+    q: Tensor,
+    k: Tensor,
+    key_bias: Tensor | None,
+    order: Tensor | None,
+    scale: float,
+    m: int,
+    n: int,
+    pool: int,
+    reduce: str = "sum",
+    gamma: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Estimated probability mass of each key group for each query slice (FG-Attn v2, section on run-time masks).
 
         score[t, g] = sum over the means p of slice t of softmax_g(scale * mean_q[t, p] . mean_k[g] + bias[g])
         bias[g]     = log(keys of g that are not masked) + their mean key_bias
+
+    reduce="max" takes the largest of the means instead of the sum. ``gamma`` is the self-similarity below which a mean
+    says nothing: a group of N > 1 whose keys have less, and a slice whose queries have less with the means of their
+    runs on average, get the score NaN and no part in the softmax.
 
     Returns score [B, Hq, T, G], NaN where a score is NaN and 0 where the group is masked, and valid bool [B, G].
     """
@@ -101,13 +155,28 @@ def pooled_scores(
     valid = count > 0
     group_bias = torch.where(valid, count.clamp_min(1).log() + mean_bias, -math.inf)
     mean_q, rows = pool_queries(q, m, min(pool, m))
-    mean_k = group_means(k, bias, n).repeat_interleave(q.shape[1] // k.shape[1], 1)
+    mean_k = group_means(k, bias, n)
+    if gamma is not None:
+        queries = torch.ones(1, q.shape[2], dtype=torch.bool, device=q.device)
+        means = mean_q.shape[3]
+        cosine = self_similarity(q, queries, m // means)
+        cosine = torch.nn.functional.pad(cosine, (0, mean_q.shape[2] * means - cosine.shape[2])).unflatten(
+            2, (-1, means)
+        )
+        blurred = (cosine * rows).sum(3) / rows.sum(1) < gamma
+        mean_q = mean_q.masked_fill(blurred[..., None, None], math.nan)
+        if n > 1:
+            keys = torch.ones(k.shape[0], k.shape[2], dtype=torch.bool, device=k.device)
+            cosine = self_similarity(k, keys if bias is None else bias != -math.inf, n)
+            mean_k = mean_k.masked_fill((cosine < gamma)[..., None], math.nan)
+    mean_k = mean_k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     logits = torch.einsum("bhtpd,bhgd->bhtpg", mean_q, mean_k) * scale + group_bias[:, None, None, None]
     top = logits.nan_to_num(-math.inf, math.inf, -math.inf).amax(-1, keepdim=True)
     weight = torch.exp(logits - top)  # NaN where the logit is NaN or +inf: such a group is kept
     weight = weight.masked_fill(~valid[:, None, None, None], 0)
     mass = weight / weight.nan_to_num(0, 0, 0).sum(-1, keepdim=True).clamp_min(torch.finfo(acc).tiny)
-    return mass.masked_fill((rows == 0)[..., None], 0).sum(3), valid
+    mass = mass.masked_fill((rows == 0)[..., None], 0)
+    return mass.sum(3) if reduce == "sum" else mass.amax(3), valid
 
 
 def select_pooled(
@@ -124,26 +193,37 @@ def select_pooled(
     max_density: float = 1.0,
     dense_keys: list[int] = (),
     dense_queries: list[int] = (),
+    reduce: str = "sum",
+    gamma: float | None = None,
+    alpha: float | None = None,
 ) -> Tensor:
     """The block mask [B, Hq, T, W] made from pooled queries and keys; ``kernels.ops`` documents the arguments.
 
     Groups are ranked by score (ties: the lower index first), groups in ``dense_keys`` and groups with a NaN score
     before all others. A slice keeps the shortest prefix that holds ``top_p`` of the mass, but no more than
-    round(max_density * groups); or, with ``density``, the first round(density * groups). The first group and all groups
-    ranked before the others are always kept; groups whose keys are all masked never are, and do not count.
+    round(max_density * groups); or, with ``alpha``, the groups whose probability is above alpha / groups, with the same
+    bound; or, with ``density``, the first round(density * groups). The first group and all groups ranked before the
+    others are always kept; groups whose keys are all masked never are, and do not count.
+
+    A group's probability is its score divided by the means that it sums, or its score itself with reduce="max": with
+    N = 1 and the means of whole slices p > alpha / Sk, the threshold of FG-Attn v1.
     """
-    score, valid = pooled_scores(q, k, key_bias, order, scale, m, n, pool)
+    score, valid = pooled_scores(q, k, key_bias, order, scale, m, n, pool, reduce, gamma)
     batch, heads, slices, groups = score.shape
     device, valid = q.device, valid[:, None, None]
     forced = any_in_chunks(in_ranges(torch.arange(k.shape[2], device=device), list(dense_keys)), n) | score.isnan()
     mass = score.nan_to_num(0, 0, 0)
     share = max_density if density is None else density
     limit = (valid.sum(-1, keepdim=True).double() * share + 0.5).floor().clamp_min(1)
-    rank_by = mass.masked_fill(forced, math.inf).masked_fill(~valid, -1)
-    ranked = rank_by.sort(dim=-1, descending=True, stable=True).indices
+    ranked = ranking(mass, forced, valid)
     kept = torch.arange(groups, device=device) < limit
-    if density is None and top_p < 1:
-        ordered = mass.gather(-1, ranked)
+    ordered = mass.gather(-1, ranked)
+    if alpha is not None:
+        means = slice_count(q.shape[2], min(pool, m)) - torch.arange(slices, device=device) * (m // min(pool, m))
+        summed = means.clamp(max=m // min(pool, m)) if reduce == "sum" else torch.ones_like(means)
+        uniform = summed[:, None] / valid.sum(-1, keepdim=True).clamp_min(1)
+        kept = kept & ((ordered > alpha * uniform) | (torch.arange(groups, device=device) == 0))
+    elif density is None and top_p < 1:
         before = ordered.cumsum(-1) - ordered
         kept = kept & (before < top_p * mass.sum(-1, keepdim=True))
     keep = torch.zeros_like(forced & valid).scatter(-1, ranked, kept.expand_as(ranked).contiguous())
@@ -151,22 +231,6 @@ def select_pooled(
     tokens = torch.arange(q.shape[2], device=device) if order is None else order.long()
     keep = keep | any_in_chunks(in_ranges(tokens, list(dense_queries)), m)[:, None]
     return pack((keep & valid).expand(batch, heads, slices, groups), word_count(k.shape[2], n))
-
-
-def query_order(t: int, h: int, w: int, before: int, after: int, m: int, device: torch.device) -> Tensor:
-    """int32 [before + t*h*w + after]: the token at each place of query order, for a video of t x h x w tokens.
-
-    The video comes first, cube after cube of ``CUBES[m]`` tokens (cubes at the edge of the grid are smaller), so that a
-    slice is compact in space and time; the ``before`` and ``after`` tokens (text) follow, so that they shift no cube.
-    """
-    axes = [torch.arange(size, device=device) for size in (t, h, w)]
-    cube, inside = 0, 0
-    for axis, size, edge, shape in zip(axes, (t, h, w), CUBES[m], ((-1, 1, 1), (1, -1, 1), (1, 1, -1)), strict=True):
-        cube = cube * ((size + edge - 1) // edge) + (axis // edge).view(shape)
-        inside = inside * edge + (axis % edge).view(shape)
-    video = (cube * m + inside).flatten().argsort() + before
-    text = torch.arange(before + after, device=device)
-    return torch.cat([video, torch.where(text < before, text, text + t * h * w)]).to(torch.int32)
 
 
 def full_mask(q: Tensor, k: Tensor, m: int, n: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Find scaled-dot-product attention, decide, and rewrite it to ``fgattn::select_pooled`` and ``fgattn::attention``.
+"""Find scaled-dot-product attention, decide, and rewrite it to a selector and ``fgattn::attention``.
 
 It works on Dynamo's graph (and export's), where a site is one call as the user wrote it; after AOTAutograd it is a
 device kernel with its backward. ``sdpa_kernel(...)`` chooses among dense kernels: a site inside it is rewritten.
@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from fg_inductor.kernels import ops
-from fg_inductor.passes import key_mask, other_forms, provenance, segments
+from fg_inductor.passes import key_mask, other_forms, provenance, segments, selector
 from fg_inductor.passes.graph import (
     Extent,
     add,
@@ -30,7 +30,7 @@ from fg_inductor.passes.graph import (
 )
 from fg_inductor.passes.layout import Layout
 from fg_inductor.passes.program import Program
-from fg_inductor.passes.refusal import Call, refusal
+from fg_inductor.passes.refusal import Call, Refusal, refusal
 from fg_inductor.passes.site import Site
 from fg_inductor.passes.stand_in import StandIn, Unknown
 from fg_inductor.passes.token_grid import TokenGrid
@@ -95,13 +95,14 @@ class _Rewriter:
             written = stand_in and stand_in.refused
             refused = refusal(attention, row["kind"], self.program, self.layout, self.settings, written)
             if refused:
-                how = {"written as": stand_in.form} if stand_in else {}
-                reasons = {"reason": refused.reason, "detail": refused.detail, "video": refused.video}
-                return Site(**row, decision="dense", **reasons, details=how)
+                return self._left_dense(row, node, refused)
             min_seq, details = self._replace(attention, index)
             if stand_in:
                 details["written as"] = stand_in.form
                 self.stand_ins.pop(node).keep()
+        except selector.Refused as error:
+            self._undo(node, last)
+            return self._left_dense(row, node, error.refusal)
         except Exception as error:
             self._undo(node, last)
             if self.settings.strict:
@@ -112,6 +113,11 @@ class _Rewriter:
             return Site(**row, decision="dense", reason="error in the pass", detail=detail, video=True)
         reason = f"dense below {min_seq} tokens" if min_seq else ""
         return Site(**row, decision="rewritten", reason=reason, video=True, details=details)
+
+    def _left_dense(self, row: dict, node: Node, refused: Refusal) -> Site:
+        how = {"written as": self.stand_ins[node].form} if node in self.stand_ins else {}
+        reasons = {"reason": refused.reason, "detail": refused.detail, "video": refused.video}
+        return Site(**row, decision="dense", **reasons, details=how)
 
     def _replace(self, attention: Call, index: int) -> tuple[int, dict]:
         node, graph, settings = attention.node, attention.node.graph, self.settings
@@ -129,9 +135,8 @@ class _Rewriter:
             order = self._order(q, of_queries, node, details)
             shape = (attention.factor, settings.m, settings.n)
             cast = value(node).dtype
-            density = (settings.pool, settings.top_p, settings.density, settings.max_density)
-            select_args = (q, k, bias, order, *shape, *density, dense_keys, dense_queries, min_seq)
-            mask = call(graph, ops.select_pooled, select_args, node, cast)
+            operands = selector.Operands(q, k, bias, order, attention.factor, dense_keys, dense_queries, min_seq)
+            mask = selector.emit(graph, settings, operands, node, cast)
             attention_args = (q, k, v, mask, bias, order, *shape, settings.tail, min_seq, settings.kernel)
             result = call(graph, ops.attention, attention_args, node, cast)
             out = call(graph, operator.getitem, (result, 0), node)
@@ -200,7 +205,8 @@ class _Rewriter:
                 for x in part:
                     total = add(graph, total, x.read(graph, node), node)
                 sizes.append(total)
-            args = (*sizes, settings.m, value(q).device)
+            curve = (selector.CURVES[settings.mask],) if settings.mask in selector.CURVES else ()
+            args = (*sizes, settings.m, value(q).device, *curve)
             self.orders[key] = call(graph, torch.ops.fgattn.query_order.default, args, node)
         return self.orders[key]
 

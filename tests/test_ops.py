@@ -56,16 +56,24 @@ def _every_call(case, dtype, wanted):
     with torch.no_grad():
         backward = torch.randn_like(q), q, k, v, *ops.attention(*attention), *attention[3:]
     backward = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in backward)
+    length = min(q.shape[2], k.shape[2])  # by place: as many keys as queries
+    square = q[:, :, :length], k[:, :, :length]
+    bias = None if key_bias is None else key_bias[:, :length]
+    placed = torch.arange(length, dtype=torch.int32).flip(0)
+    rule = ([1, 2, length // 2], 0, [1, 1, 4], [1, 1, 3], 5.0, [0, 3])
     return (
         ("select_pooled", ops.select_pooled, select),
+        ("select_dfs", ops.select_dfs, (*square, bias, placed, scale, m, n, 0.3)),
+        ("select_static", ops.select_static, (*square, placed, m, n, *rule)),
+        ("keep_dense", ops.keep_dense, (mask, order, q.shape[2], k.shape[2], m, n, *ranges.values())),
         ("attention", ops.attention, attention),
         ("attention_backward", torch.ops.fgattn.attention_backward.default, backward),
         ("kept_density", ops.kept_density, (mask, key_bias, case.queries, case.keys, m, n)),
-        ("query_order", ops.query_order, (2, 5, 6, 3, 4, m, torch.device("cpu"))),
+        ("query_order", ops.query_order, (2, 5, 6, 3, 4, m, torch.device("cpu"), "hilbert")),
     )
 
 
-NAMES = ("select_pooled", "attention", "attention_backward", "kept_density", "query_order")
+NAMES = tuple(ops.SCHEMAS)
 
 
 @problems
@@ -73,10 +81,6 @@ NAMES = ("select_pooled", "attention", "attention_backward", "kept_density", "qu
 def test_opcheck(name, case, dtype, wanted):
     op, arguments = {name: call for name, *call in _every_call(case, dtype, wanted)}[name]
     torch.library.opcheck(op, arguments)
-
-
-def test_every_op_is_checked():
-    assert set(NAMES) == set(ops.SCHEMAS)
 
 
 @pytest.mark.parametrize("min_seq", [0, 10_000], ids=["sparse", "dense"])
@@ -332,6 +336,10 @@ SELECT_ONLY = {
     "top-p-percent": ({"top_p": 90.0}, r"top_p=90.0 must lie in \(0, 1\]"),
     "odd-keys": ({"dense_keys": [0, 4, 9]}, r"dense_keys must hold \[start, end\) pairs, got 3 numbers"),
     "odd-queries": ({"dense_queries": [7]}, r"dense_queries must hold \[start, end\) pairs, got 1 numbers"),
+    "reduce": ({"reduce": "mean"}, r"reduce='mean'; choose one of \('sum', 'max'\)"),
+    "gamma": ({"gamma": 1.0}, "gamma=1.0 is compared with cosines; it must lie between 0 and 1"),
+    "alpha": ({"alpha": 0.0}, "alpha=0.0 with density=None; give a positive alpha"),
+    "alpha-density": ({"alpha": 0.5, "density": 0.3}, "alpha=0.5 with density=0.3; give a positive alpha, or a dens"),
 }
 ATTENTION_ONLY = {
     "tail": ({"tail": "mean"}, r"tail='mean'; choose one of \('none', 'pooled'\)"),
@@ -357,6 +365,7 @@ def _bad_call(op, changes):
     tensors = _tensors()
     if op is ops.select_pooled:
         usual = {"pool": 16, "top_p": 0.9, "density": None, "max_density": 1.0, "dense_keys": [], "dense_queries": []}
+        usual |= {"reduce": "sum", "gamma": None, "alpha": None}
         tensors.pop("v")
     else:
         usual = {"mask": torch.zeros(2, 4, 3, 4, dtype=torch.int32), "tail": "none", "kernel_name": "auto"}

@@ -175,8 +175,12 @@ def test_backward_against_finite_differences(tail):
 # select_pooled
 
 
-def scores_by_loops(q, k, key_bias, order, scale, m, n, pool):
-    """{(b, h, t): {g: mass}} for the groups with a key that is not masked."""
+def mean_cosine(rows):
+    return torch.nn.functional.cosine_similarity(rows, rows.mean(0, keepdim=True), dim=1).mean().item()
+
+
+def scores_by_loops(q, k, key_bias, order, scale, m, n, pool, reduce="sum", gamma=None):
+    """{(b, h, t): {g: mass}} for the groups with a key that is not masked; NaN where self-similarity is below gamma."""
     batch, heads, queries, _ = q.shape
     keys, share, pool = k.shape[2], heads // k.shape[1], min(pool, m)
     order = list(range(queries)) if order is None else order.tolist()
@@ -191,21 +195,32 @@ def scores_by_loops(q, k, key_bias, order, scale, m, n, pool):
             if members:
                 groups[g] = members, math.log(len(members)) + sum(bias[j] for j in members) / len(members)
         for h in range(heads):
-            k_mean = {g: k[b, h // share, members].mean(0) for g, (members, _) in groups.items()}
+            k_rows = {g: k[b, h // share, members] for g, (members, _) in groups.items()}
+            blurred = {g for g, rows in k_rows.items() if gamma and n > 1 and mean_cosine(rows) < gamma}
             for t in range(math.ceil(queries / m)):
-                mass = dict.fromkeys(groups, 0.0)
+                masses, weights, cosines = [], [], []
                 for start in range(t * m, min(queries, (t + 1) * m), pool):
-                    mean = q[b, h, order[start : min(start + pool, queries)]].mean(0)
-                    logit = {g: scale * (mean @ k_mean[g]).item() + shift for g, (_, shift) in groups.items()}
+                    rows = q[b, h, order[start : min(start + pool, queries, (t + 1) * m)]]
+                    logit = {
+                        g: scale * (rows.mean(0) @ k_rows[g].mean(0)).item() + shift
+                        for g, (_, shift) in groups.items()
+                        if g not in blurred
+                    }
                     top = max(logit.values(), default=0.0)
                     total = sum(math.exp(x - top) for x in logit.values())
-                    for g, x in logit.items():
-                        mass[g] += math.exp(x - top) / total
-                scores[b, h, t] = mass
+                    masses.append({g: math.exp(x - top) / total for g, x in logit.items()})
+                    weights.append(len(rows))
+                    cosines.append(mean_cosine(rows))
+                similarity = sum(w * c for w, c in zip(weights, cosines, strict=True)) / sum(weights)
+                join = sum if reduce == "sum" else max
+                unknown = set(groups) if gamma and similarity < gamma else blurred
+                scores[b, h, t] = {g: math.nan if g in unknown else join(x[g] for x in masses) for g in groups}
     return scores
 
 
-def kept_by_loops(scores, queries, order, m, n, top_p, density, max_density, dense_keys, dense_queries):
+def kept_by_loops(
+    scores, queries, order, m, n, top_p, density, max_density, dense_keys, dense_queries, alpha=None, pool=None
+):
     """{(b, h, t): set of kept groups}."""
     order = list(range(queries)) if order is None else order.tolist()
 
@@ -215,10 +230,15 @@ def kept_by_loops(scores, queries, order, m, n, top_p, density, max_density, den
     kept = {}
     for (b, h, t), mass in scores.items():
         forced = {g for g in mass if any(inside(j, dense_keys) for j in range(g * n, (g + 1) * n))}
+        forced |= {g for g, x in mass.items() if math.isnan(x)}
+        mass = {g: 0.0 if math.isnan(x) else x for g, x in mass.items()}
+        summed = math.ceil((min(queries, (t + 1) * m) - t * m) / pool) if pool else 1
         limit = max(1, math.floor(len(mass) * (max_density if density is None else density) + 0.5))
         prefix, held = [], 0.0
         for g in sorted(mass, key=lambda g: (g not in forced, -mass[g], g)):
-            crossed = density is None and top_p < 1 and held >= top_p * sum(mass.values())
+            crossed = density is None and alpha is None and top_p < 1 and held >= top_p * sum(mass.values())
+            if alpha is not None:
+                crossed = prefix and mass[g] / summed <= alpha / len(mass)
             if len(prefix) == limit or crossed:
                 break
             prefix.append(g)
@@ -253,6 +273,20 @@ SELECT = (  # (case, what differs from PARAMETERS)
     (Case("dense-queries", m=32, n=8, queries=150), {"density": 0.2, "dense_queries": [0, 3, 149, 150]}),
     (Case("dense-queries-ordered", m=16, n=8, queries=150, ordered=True), {"density": 0.2, "dense_queries": [40, 43]}),
     (Case("dense-queries-masked", m=32, n=8, keys=200, bias="padding"), {"density": 0.2, "dense_queries": [0, 150]}),
+    (Case("max", m=64, n=8, queries=150, keys=210, spread=4.0), {"reduce": "max", "top_p": 0.6}),
+    (Case("max-gqa-ordered", m=128, n=1, heads=4, ordered=True, keys=70), {"reduce": "max", "density": 0.3, "pool": 8}),
+    (Case("alpha", m=64, n=8, queries=170, keys=210), {"alpha": 1.0}),  # the last slice sums 3 means, not 4
+    (Case("alpha-one-mean", m=32, n=1, queries=50, keys=70), {"alpha": 0.5, "pool": 32}),  # p > 0.5 / Sk
+    (Case("alpha-max", m=64, n=8, queries=170, keys=210), {"alpha": 1.3, "reduce": "max"}),
+    (Case("alpha-bounded", m=64, n=8, queries=150, keys=210), {"alpha": 0.5, "max_density": 0.4}),
+    (Case("alpha-above-all", m=64, n=8, keys=210), {"alpha": 50.0}),  # the best is kept always
+    (Case("alpha-padding", m=32, n=8, batch=2, keys=300, bias="padding", queries=50), {"alpha": 1.0}),
+    (Case("alpha-dense-keys", m=32, n=8, keys=210), {"alpha": 3.0, "dense_keys": [17, 90]}),
+    (Case("gamma", m=32, n=8, heads=4, kv_heads=2, queries=150, keys=210), {"gamma": 0.355, "top_p": 0.5, "pool": 8}),
+    (Case("gamma-ordered", m=64, n=16, queries=150, keys=210, ordered=True), {"gamma": 0.25, "density": 0.3}),
+    (Case("gamma-single-keys", m=64, n=1, queries=150, keys=70), {"gamma": 0.25, "density": 0.3}),
+    (Case("gamma-padding", m=32, n=8, batch=2, keys=300, bias="padding"), {"gamma": 0.355, "top_p": 0.5, "pool": 8}),
+    (Case("gamma-alpha-max", m=32, n=8, keys=210), {"gamma": 0.25, "alpha": 1.0, "reduce": "max"}),
 )
 
 
@@ -266,7 +300,11 @@ def test_select_against_loops(case, parameters):
     parameters = PARAMETERS | parameters
     q, k, key_bias, order, scale, m, n = _select_arguments(case)
     mask = reference.select_pooled(q, k, key_bias, order, scale, m, n, **parameters)
-    scores = scores_by_loops(q, k, key_bias, order, scale, m, n, parameters.pop("pool"))
+    pool, reduce, gamma = parameters.pop("pool"), parameters.pop("reduce", "sum"), parameters.pop("gamma", None)
+    scores = scores_by_loops(q, k, key_bias, order, scale, m, n, pool, reduce, gamma)
+    unknown = [math.isnan(x) for mass in scores.values() for x in mass.values()]
+    assert any(unknown) == (gamma is not None) and not all(unknown), "the gate must hold back some, and not all"
+    parameters["pool"] = min(pool, m) if reduce == "sum" else None
     expected = kept_by_loops(scores, case.queries, order, m, n, **parameters)
     kept = unpack(mask, group_count(case.keys, n))
     assert kept.shape[:3] == (case.batch, case.heads, slice_count(case.queries, m))
@@ -305,6 +343,29 @@ def _select_with_masses(masses, **parameters):
 )
 def test_top_p_keeps_the_element_that_crosses(top_p, kept):
     assert _select_with_masses([0.25, 0.1, 0.5, 0.15], top_p=top_p) == kept
+
+
+@pytest.mark.parametrize(
+    "top_p, max_density, kept",
+    [
+        (0.2, 0.5, [2]),  # the mass binds: one group holds it
+        (0.9, 0.5, [0, 2]),  # the bound binds
+        (0.9, 0.25, [2]),
+        (0.9, 0.0001, [2]),  # one group, however low the bound
+        (0.0001, 1.0, [2]),
+        (0.75, 0.5, [0, 2]),  # both at once
+        (0.76, 0.75, [0, 2, 3]),
+        (1.0, 0.75, [0, 2, 3]),
+        (1.0, 1.0, [0, 1, 2, 3]),
+    ],
+)
+def test_max_density_bounds_top_p(top_p, max_density, kept):
+    assert _select_with_masses([0.25, 0.1, 0.5, 0.15], top_p=top_p, max_density=max_density) == kept
+
+
+@pytest.mark.parametrize("alpha, kept", [(0.3, [0, 1, 2, 3]), (0.41, [0, 2, 3]), (0.61, [0, 2]), (1.01, [2]), (9, [2])])
+def test_alpha_is_relative_to_uniform_probability(alpha, kept):
+    assert _select_with_masses([0.25, 0.1, 0.5, 0.15], alpha=alpha) == kept
 
 
 def test_ties_keep_the_lower_index():
@@ -356,34 +417,3 @@ def test_kept_density_counts_pairs(m, n, bias):
     density = reference.kept_density(mask, key_bias, 150, 300, m, n)
     assert density.dtype == torch.float32 and density.shape == ()
     assert density.item() == pytest.approx(expected.item(), rel=1e-6)
-
-
-# query_order
-
-GRIDS = (  # t, h, w, before, after
-    (21, 30, 52, 0, 0),  # no edge divides
-    (3, 5, 7, 0, 11),
-    (1, 1, 5, 3, 0),
-    (2, 8, 8, 1, 1),  # one cube of 128
-    (4, 16, 24, 100, 77),
-)
-
-
-@pytest.mark.parametrize("m", SLICES)
-@pytest.mark.parametrize("grid", GRIDS, ids=str)
-def test_query_order(grid, m):
-    t, h, w, before, after = grid
-    order = reference.query_order(*grid, m, torch.device("cpu"))
-    video = t * h * w
-    assert order.dtype == torch.int32
-    assert torch.equal(order.sort().values, torch.arange(before + video + after, dtype=torch.int32))
-    text = [*range(before), *range(before + video, before + video + after)]
-    assert order[video:].tolist() == text  # after the video, so that it shifts no cube
-    edges = reference.CUBES[m]
-    assert math.prod(edges) == m
-    token = order[:video].long() - before
-    cube = torch.stack([token // (h * w) // edges[0], token // w % h // edges[1], token % w // edges[2]])
-    changes = (cube.diff() != 0).any(0).sum().item()  # each cube's tokens are consecutive
-    assert changes + 1 == math.prod(math.ceil(size / edge) for size, edge in zip((t, h, w), edges, strict=True))
-    if all(size % edge == 0 for size, edge in zip((t, h, w), edges, strict=True)):
-        assert (cube.unflatten(1, (-1, m)) == cube[:, ::m, None]).all()  # and a slice is one cube

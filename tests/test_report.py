@@ -13,7 +13,8 @@ from torch.utils.checkpoint import checkpoint
 
 import fg_inductor
 from fg_inductor.passes import sdpa
-from fg_inductor.report import COLUMNS, Meter, Report
+from fg_inductor.report import COLUMNS, Meter, Report, summary
+from fg_inductor.settings import Settings, StaticMask
 from fg_inductor.toy_models import SHORT, SelfAttention, Stack, tokens
 
 EAGER = {**SHORT, "fgattn.inner": "eager", "fgattn.density": 0.5}
@@ -32,6 +33,21 @@ class Mixture(torch.nn.Module):
 
 def compiled(model, **options):
     return torch.compile(model, backend="fgattn", options={**EAGER, **options}, fullgraph=True)
+
+
+@pytest.mark.parametrize(
+    "settings, text",
+    [
+        ({}, "pooled 128x8, top_p 0.9"),
+        ({"density": 0.25, "tail": "pooled"}, "pooled 128x8, density 0.25, pooled tail"),
+        ({"alpha": 0.5}, "pooled 128x8, alpha 0.5"),
+        ({"mask": "dfs", "slice": "128x1"}, "dfs 128x1, density 0.3"),
+        ({"mask": "static", "static": StaticMask(radius=9.0)}, "static 128x8"),  # no number says how much it keeps
+    ],
+    ids=lambda x: x if isinstance(x, str) else "",
+)
+def test_summary_of_settings(settings, text):
+    assert summary(Settings(**settings)) == text
 
 
 def test_rows_as_data():

@@ -9,12 +9,13 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from fg_inductor.kernels import reference, select_pooled
+from fg_inductor.kernels import reference, select_cut, select_pooled, select_scores
 from fg_inductor.kernels.mask import GROUPS, SLICES, group_count, unpack
 from fg_inductor.testing import make_key_bias, make_qkv
 
 CUDA = torch.cuda.is_available()
-DTYPES = (torch.bfloat16, torch.float16, torch.float32) if CUDA else (torch.float32,)
+# Triton's interpreter has no bfloat16 products.
+DTYPES = (torch.bfloat16, torch.float16, torch.float32) if CUDA else (torch.float16, torch.float32)
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,9 @@ class Case:
     ordered: bool = False
     dense_keys: tuple = ()
     dense_queries: tuple = ()
+    reduce: str = "sum"
+    gamma: float | None = None
+    alpha: float | None = None
     spread: float = 1.0
 
     def __str__(self):
@@ -65,6 +69,26 @@ CASES = (
     Case("ranges", dense_keys=(0, 10, 290, 300), dense_queries=(140, 150), density=0.2, n=16),
     Case("ranges-ordered", dense_keys=(37, 38), dense_queries=(0, 1), ordered=True),
     Case("ranges-over-budget", dense_keys=(0, 200), density=0.1),  # forced groups are kept beyond the density
+    Case("both-mass", top_p=0.3, max_density=0.9),  # top-p and its bound: the mass binds
+    Case("both-bound", top_p=0.95, max_density=0.3),
+    Case("both-padding", batch=2, keys=420, bias="padding", top_p=0.9, max_density=0.3),
+    Case("max", reduce="max", spread=4.0),
+    Case("max-pool-8", m=128, pool=8, queries=200, reduce="max", density=0.3),  # means without a query
+    Case("max-padding", batch=2, keys=420, bias="padding", reduce="max"),
+    Case("alpha", alpha=1.0, queries=170),  # the last slice sums 3 means, not 4
+    Case("alpha-single-keys", alpha=0.7, n=1, m=32, pool=32),
+    Case("alpha-max", alpha=1.3, reduce="max", queries=170),
+    Case("alpha-bounded", alpha=0.5, max_density=0.3),
+    Case("alpha-loose-bound", alpha=1.2, max_density=0.9),
+    Case("alpha-above-all", alpha=60.0),  # the best group is always kept
+    Case("alpha-ranges", alpha=60.0, dense_keys=(37, 60)),  # and counts as kept where a range is
+    Case("alpha-padding", alpha=1.0, batch=2, keys=420, bias="padding"),
+    Case("alpha-entry", alpha=1.0, batch=2, bias="entry"),
+    Case("gamma", gamma=0.355, m=32, pool=8, top_p=0.5, heads=4),
+    Case("gamma-ordered", gamma=0.255, n=16, density=0.3, ordered=True, queries=200),
+    Case("gamma-single-keys", gamma=0.255, n=1, queries=200),
+    Case("gamma-pool-is-slice", gamma=0.19, m=32, pool=32, queries=200, keys=420, n=32, alpha=1.0),
+    Case("gamma-padding", gamma=0.355, batch=2, keys=420, bias="padding", m=16, pool=8),
 )
 
 
@@ -79,6 +103,7 @@ def arguments(case: Case, dtype, device):
     if case.ordered:
         order = torch.randperm(case.queries, generator=torch.Generator().manual_seed(1)).to(device, torch.int32)
     selection = (case.top_p, case.density, case.max_density, list(case.dense_keys), list(case.dense_queries))
+    selection = (*selection, case.reduce, case.gamma, case.alpha)
     return (q, k, bias, order, case.dim**-0.5, case.m, case.n, case.pool), selection
 
 
@@ -97,8 +122,10 @@ def score_error(scoring, exact):
     exact_k = reference.group_means(k.double(), None if bias is None else bias.double(), n)
     exact_k = exact_k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     shift = (logits - torch.einsum("bhtpd,bhgd->bhtpg", exact_q, exact_k) * head[2]).abs().max().item()
-    # A logit off by x moves a probability by at most the factor exp(2x): its own, and the normaliser's.
-    return exact * (torch.tensor(2 * shift).exp().item() - 1 + 8 * torch.finfo(acc).eps)
+    # A logit off by x moves a probability by at most the factor exp(2x): its own, and the normaliser's. The scores
+    # of 16-bit inputs are float16, times 2048.
+    rounding, smallest = (8 * torch.finfo(acc).eps, 0.0) if q.dtype == acc else (2.0**-11, 2.0**-36)
+    return exact * (torch.tensor(2 * shift).exp().item() - 1 + rounding) + smallest
 
 
 def check(case: Case, dtype, device):
@@ -110,7 +137,11 @@ def check(case: Case, dtype, device):
     assert mask.shape == exact_mask.shape and mask.dtype == torch.int32
     assert not unpack(mask, mask.shape[-1] * 32)[..., groups:].any(), "unused bits must be 0"
     keep, exact_keep = unpack(mask, groups), unpack(exact_mask, groups)
-    score, valid = reference.pooled_scores(q.double(), k.double(), *rest)
+    score, valid = reference.pooled_scores(q.double(), k.double(), *rest, case.reduce, case.gamma)
+    unknown = score.isnan()
+    assert unknown.any() == (case.gamma is not None) and not unknown.all(), "the gate must hold back some, and not all"
+    assert (keep | ~unknown).all(), "a group without a score was dropped"
+    score = score.nan_to_num(torch.inf)
     budget = 2 * score_error(scoring, score)
     differ = keep != exact_keep
     assert not (keep & ~valid[:, None, None]).any(), "a masked group was kept"
@@ -118,7 +149,7 @@ def check(case: Case, dtype, device):
     above = torch.where(exact_keep, -torch.inf, score).amax(-1, keepdim=True)
     far = ((score - cut).abs() > budget) & ((score - above).abs() > budget)
     assert not (differ & far).any(), f"{(differ & far).sum()} groups differ that are not at the cut"
-    if case.density is not None and not case.dense_keys:
+    if case.density is not None and not case.dense_keys and case.gamma is None:
         assert torch.equal(keep.sum(-1), exact_keep.sum(-1))
     return differ.sum().item()
 
@@ -137,17 +168,40 @@ def test_every_slice_shape(m, n, device, poison):
 
 
 def test_heads_in_chunks(device, poison, monkeypatch):
-    monkeypatch.setattr(select_pooled, "SCORE_BYTES", 1)
+    monkeypatch.setattr(select_scores, "SCORE_BYTES", 1)
     check(replace(CASES[3], id="chunks", batch=2, heads=4), torch.float32, device)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.id in ("top-p", "density", "ranges", "padding")], ids=str)
-def test_rows_that_fit_no_block(case, device, poison, monkeypatch):
-    """A row read block by block, and packed in smaller ones, is selected from like one that stays in registers."""
-    monkeypatch.setattr(
-        select_pooled, "configuration", lambda groups: {"BLOCK": 128, "PACK": 64, "SINGLE": False, "num_warps": 4}
-    )
-    check(replace(case, n=1, queries=70), torch.float32, device)
+@pytest.mark.parametrize("lean", [False, True], ids=["float32", "lean"])
+def test_rows_that_fit_no_block(case, lean, device, poison, monkeypatch):
+    """A row read block by block, or kept in pairs, is selected from like one that stays in registers."""
+    rows = {"WORDS": 4, "REST": 2, "LOOP": True, "LEAN": lean, "num_warps": 4}
+    monkeypatch.setattr(select_cut, "configuration", lambda words, wide: rows)
+    check(replace(case, n=1, queries=70), torch.float16 if lean else torch.float32, device)
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if c.id in ("top-p", "pool-8", "padding")], ids=str)
+def test_rows_in_parts(case, device, poison, monkeypatch):
+    """Programs that share the groups of a row: normalisers of parts are joined, and each part is scored."""
+    small = {"BLOCK_R": 64, "BLOCK_G": 16, "num_warps": 4, "num_stages": 2}
+    monkeypatch.setattr(select_scores, "row_lse_configuration", lambda dtype, d: small)
+    monkeypatch.setattr(select_scores, "scores_configuration", lambda dtype, d: small)
+    case = replace(case, n=1, queries=70)
+    check(case, torch.float32, device)
+    blocks = select_scores._blocks(1, case.keys, 16, select_scores.MAX_SPLITS)
+    assert blocks * 16 < case.keys, "one part: nothing is tested"
+
+
+@pytest.mark.parametrize("rise", [1.0, -1.0], ids=["rising", "falling"])
+def test_scores_far_from_the_first_block(rise, device, poison):
+    """Scores hundreds above, or below, all of the block that gives the pivot: exp2 of the difference overflows."""
+    q, k, _ = make_qkv(1, 1, 1, 64, 600, 64, device=device)
+    q = q.abs()
+    k = 0.3 * k + k.abs() * (torch.arange(600, device=device) // 150)[:, None] * rise * 20
+    scoring, selection = (q, k, None, None, 0.125, 64, 1, 16), (0.9, None, 1.0, [], [])
+    keep = unpack(select_pooled.launch(*scoring, *selection), 600)
+    assert torch.equal(keep, unpack(reference.select_pooled(*scoring, *selection), 600))
 
 
 def test_equal_scores_are_taken_by_index(device):

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from fg_inductor.settings import Settings, options_table
+from fg_inductor.settings import Settings, StaticMask, options_table
 
 ACCEPTED = [
     ("density", 1, 1.0),
@@ -22,6 +22,10 @@ ACCEPTED = [
     ("tail", "pooled", "pooled"),
     ("kernel", "hopper", "hopper"),
     ("strict", True, True),
+    ("reduce", "max", "max"),
+    ("gamma", 0.6, 0.6),
+    ("gamma", None, None),
+    ("alpha", 1, 1.0),
 ]
 
 
@@ -45,8 +49,9 @@ REFUSED = [
     ("fgattn.slice", "128x7", "such as '128x8'; got '128x7'"),
     ("fgattn.slice", "²x8", "such as '128x8'; got '²x8'"),
     ("fgattn.slice", (128, 8), "such as '128x8'; got (128, 8)"),
-    ("fgattn.pool", 12, "must be one of 8, 16, 32, 64, 128; got 12."),
-    ("fgattn.pool", 16.0, "must be one of 8, 16, 32, 64, 128; got 16.0."),
+    ("fgattn.pool", 12, "must be 'auto' or one of 8, 16, 32, 64, 128; got 12."),
+    ("fgattn.pool", 16.0, "must be 'auto' or one of 8, 16, 32, 64, 128; got 16.0."),
+    ("fgattn.pool", True, "must be 'auto' or one of 8, 16, 32, 64, 128; got True."),
     ("fgattn.tail", "poled", "did you mean 'pooled'?; got 'poled'"),
     ("fgattn.inner", None, "must be one of 'inductor', 'aot_eager', 'eager'; got None"),
     ("fgattn.min_seq", True, "must be a number of tokens, 0 or more; got True"),
@@ -54,6 +59,12 @@ REFUSED = [
     ("fgattn.token_grid", (1, 2), "must be (T, H, W)"),
     ("fgattn.token_grid", (True, 2, 3), "must be (T, H, W)"),
     ("fgattn.token_grid", "atuo", "must be (T, H, W)"),
+    ("fgattn.reduce", "mean", "must be one of 'sum', 'max'; got 'mean'"),
+    ("fgattn.gamma", 1.0, "must be a positive number below 1 or None; got 1.0"),
+    ("fgattn.gamma", -0.5, "must be a positive number below 1 or None; got -0.5"),
+    ("fgattn.alpha", 0, "must be a positive number or None; got 0"),
+    ("fgattn.alpha", float("nan"), "must be a positive number or None; got nan"),
+    ("fgattn.alpha", True, "must be a positive number or None; got True"),
     ("fgattn.strict", 1, "must be True or False; got 1"),
     ("fgattn.dense_first", 0.1, "must be 0.0: steps are not counted yet; got 0.1"),
 ]
@@ -67,15 +78,63 @@ def test_refuses(key, value, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (
+            {"tile": (1, 2, 2)},
+            "must be a dict with some of 'tile', 'window', 'radius', 'ranges', a rule besides the tile",
+        ),
+        ({"windows": (1, 3, 3)}, "must be a dict with some of"),
+        ("window", "must be a dict with some of"),
+        ({"window": (1, 2, 3)}, "must have a 'window' of three odd numbers of tiles"),
+        ({"window": (3, 3)}, "must have a 'window' of three odd numbers of tiles"),
+        ({"window": 3}, "must have whole numbers, 1 or more, in 'window'"),
+        ({"tile": (2, 8), "radius": 3}, "must have a 'tile' of three sizes"),
+        ({"ranges": [0, 4, 9]}, "must have 'ranges' of [start, end) pairs"),
+        ({"ranges": [-1, 4]}, "must have whole numbers, 0 or more, in 'ranges'"),
+        ({"radius": -1}, "must have a 'radius' of 0 tokens or more"),
+    ],
+    ids=str,
+)
+def test_refuses_static(value, message):
+    with pytest.raises(ValueError) as error:
+        Settings.parse({"fgattn.mask": "static", "fgattn.static": value})
+    assert str(error.value).startswith(f"fgattn: option 'fgattn.static' {message}")
+
+
+def test_accepts_static():
+    rule = {"tile": [1, 4, 4], "window": (1, 3, 3), "radius": 20, "ranges": [0, np.int64(30)]}
+    settings = Settings.parse({"fgattn.mask": "static", "fgattn.static": rule})
+    assert settings.static == StaticMask((1, 4, 4), (1, 3, 3), 20.0, (0, 30))
+    assert isinstance(hash(settings), int)
+    for options in ({"fgattn.mask": "static"}, {"fgattn.static": {"radius": 3}}):
+        with pytest.raises(ValueError, match=r"with static=.*; the mask 'static' is what .* give both, or neither"):
+            Settings.parse(options)
+
+
+def test_refuses_two_rules_for_how_much_to_keep():
+    with pytest.raises(ValueError, match=r"fgattn: alpha=0.5 and density=0.3 both say how much to keep; give one."):
+        Settings.parse({"fgattn.alpha": 0.5, "fgattn.density": 0.3})
+
+
 def test_defaults_pass_their_own_checks():
     defaults = {f"fgattn.{f.name}": f.default for f in dataclasses.fields(Settings)}
     assert Settings.parse(defaults) == Settings()
 
 
 def test_changed_holds_only_what_differs():
-    settings = Settings.parse({"fgattn.slice": "64x16", "fgattn.density": 0.5, "fgattn.pool": 16})
+    settings = Settings.parse({"fgattn.slice": "64x16", "fgattn.density": 0.5, "fgattn.pool": "auto"})
     assert settings.changed() == {"slice": "64x16", "density": 0.5}
     assert (settings.m, settings.n) == (64, 16)
+
+
+@pytest.mark.parametrize(
+    ("slice_", "pool", "queries"),
+    [("128x8", "auto", 16), ("128x1", "auto", 128), ("64x1", 32, 32), ("16x16", "auto", 16)],
+)
+def test_queries_per_mean(slice_, pool, queries):
+    assert Settings.parse({"fgattn.slice": slice_, "fgattn.pool": pool}).queries_per_mean == queries
 
 
 def test_every_option_is_in_the_table():

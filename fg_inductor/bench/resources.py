@@ -26,7 +26,8 @@ from fg_inductor.kernels import (
     attention_forward_hopper,
     column_lists,
     group_means,
-    select_pooled,
+    select_cut,
+    select_scores,
     work_order,
 )
 
@@ -34,13 +35,12 @@ COLUMNS = ["kernel", "variant", "registers", "stack", "shared", "HGMMA", "HMMA",
 POINTERS = {
     "lists_ptr": "*i32", "work_ptr": "*i32", "keys_ptr": "*i32", "clean_keys_ptr": "*i32", "clean_ptr": "*i32",
     "mixed_ptr": "*i32", "order_ptr": "*i32", "mask_ptr": "*i32", "limit_ptr": "*i32", "counts_ptr": "*i32",
-    "lse_ptr": "*fp32", "bias_ptr": "*fp32", "score_ptr": "*fp32", "tail_bias_ptr": "*fp32",
+    "lse_ptr": "*fp32", "bias_ptr": "*fp32", "score_ptr": "*fp16", "row_ptr": "*i32", "tail_bias_ptr": "*fp32",
     "group_keys_ptr": "*fp32", "block_keys_ptr": "*fp32", "block_bias_ptr": "*fp32",
-    "forced_ptr": "*i8", "dense_ptr": "*i8",
     "statistics_ptr": "*fp32", "dk_sum_ptr": "*fp32", "dv_sum_ptr": "*fp32", "dtail_k_ptr": "*fp32",
     "dtail_v_ptr": "*fp32",
 }  # fmt: skip
-FLOATS = ("scale", "qk_scale", "last_bias", "top_p")
+FLOATS = ("scale", "qk_scale", "last_bias", "top_p", "share_high", "share_low", "alpha", "gamma")
 
 
 def compile_for_hopper(kernel, constants: dict, **options):
@@ -181,17 +181,28 @@ def table() -> list[dict]:
     )
     order = dict(BLOCK=work_order.BLOCK, BLOCK_H=16, BLOCK_X=256)
     rows.append(resources(work_order._work_order, "", order, num_warps=4))
-    means = dict(D=128, BLOCK_D=128, N=16, BLOCK_G=16, HAS_ORDER=True, HAS_BIAS=False, bias_ptr=None)
-    rows.append(resources(group_means._group_means, "N 16 order", means))
-    scoring = dict(D=128, BLOCK_D=128, BLOCK_R=select_pooled.BLOCK_R, BLOCK_G=64, HAS_BIAS=False, PRECISION="tf32")
-    scoring["bias_ptr"] = None
-    rows.append(resources(select_pooled._row_lse, "D 128", scoring))
-    rows.append(resources(select_pooled._scores, "D 128 P 8", scoring | {"P": 8}))
-    choice = dict(HAS_FORCED=False, HAS_DENSE=False, USE_MASS=True, forced_ptr=None, dense_ptr=None)
+    means = dict(D=128, BLOCK_D=128, POOL=16, BLOCK_R=8, N=8, BLOCK_G=16)
+    means |= dict(HAS_ORDER=True, HAS_BIAS=False, BOOL=False, bias_ptr=None)
+    for name, joined in (("", (0, 0)), (" gamma", (8, 1))):
+        constants = means | dict(zip(("Q_JOINED", "K_JOINED"), joined, strict=True))
+        rows.append(resources(group_means._group_means, f"pool 16 order, N 8{name}", constants))
+    scoring = dict(D=128, BLOCK_D=128, HAS_BIAS=False, PRECISION="tf32", bias_ptr=None)
+    config = select_scores.row_lse_configuration(torch.bfloat16, 128)
+    options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
+    rows.append(resources(select_scores._row_lse, "D 128", scoring | config, **options))
+    config = select_scores.scores_configuration(torch.bfloat16, 128)
+    options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
+    for p, reduce in ((8, ""), (1, ""), (8, " max")):
+        constants = scoring | config | dict(P=p, SPLITS=2, WIDE=False, MAX=bool(reduce))
+        rows.append(resources(select_scores._scores, f"D 128 P {p}{reduce}", constants, **options))
+    choice = dict(M=128, N=8, WIDE=False, HAS_BIAS=False, HAS_ORDER=False, HAS_FORCED=False, HAS_DENSE=False)
+    choice |= dict(order_ptr=None, dense_keys=(), dense_queries=())
     for groups in (4095, 32_760, 75_600):
-        config = select_pooled.configuration(groups)
-        warps = config.pop("num_warps")
-        rows.append(resources(select_pooled._select, f"{groups} groups", choice | config, num_warps=warps))
+        for name, mass, alpha in (("top-p", True, False), ("density", False, False), ("alpha", False, True)):
+            config = select_cut.configuration((groups + 127) // 128 * 4, wide=False)
+            warps = config.pop("num_warps")
+            constants = choice | config | dict(COUNT=not (mass or alpha), MASS=mass, ALPHA=alpha)
+            rows.append(resources(select_cut._cut, f"{groups} groups {name}", constants, num_warps=warps))
     return rows
 
 

@@ -1,0 +1,129 @@
+"""Query order: the video's tokens in such an order that each slice of M, and each run of 16 in it, is compact.
+
+Queries near in space and time agree on their keys. Cubes would be best, but grids such as 21x30x52 divide by no cube:
+the cubes at the edges are smaller, every slice behind one straddles two cubes, and so 104 of 256 slices of 128 held
+tokens from opposite edges. Rods have few edges. Time and height are cut into blocks of nearly equal size (7 or 8 for an
+edge of 8, never a rest of 2); a rod is one block of each by the whole width, walked column by column. Rods follow each
+other in a snake, each walked in the opposite direction of the one before, so that a slice that holds the end of one
+and the beginning of the next is compact too. In the 256 slices of 21x30x52 the mean squared distance from the centre
+falls from 84 to 17 (a cube of 2x8x8 has 14.5), that of the runs of 16, whose means are scored, from 5.3 to 3.2.
+
+Distances count a step in time as four steps in height or width: a token is 4 frames of 16x16 pixels in the models at
+hand. Then 2x8x8 is the most compact box of 128 tokens.
+"""
+
+import functools
+
+import torch
+from torch import Tensor
+
+TIME = 4  # steps in height or width that a step in time counts as
+RUN = 4  # edge in height of the rods within a slice: 16 consecutive queries are 1 x 4 x 4 tokens
+THICKEST = 4  # tokens in time
+
+
+def _lengths(size: int, edge: int) -> list[tuple[int, int]]:
+    """(length, how often) of the blocks of nearly equal size, ``edge`` at most, that ``size`` is cut into."""
+    blocks = -(-size // edge)
+    length, longer = divmod(size, blocks)
+    return [(length, blocks - longer), *([(length + 1, longer)] if longer else [])]
+
+
+def _spread(t: int, h: int, w: int, m: int, edges: tuple[int, int]) -> float:
+    """Estimated mean squared distance of a query from the centre of its slice, times 12."""
+    total = 0.0
+    for thick, often in _lengths(t, edges[0]):
+        for high, times in _lengths(h, edges[1]):
+            columns = m / (thick * high)
+            # Slices that hold the end of a rod reach into the next one; rods that are whole slices have none.
+            ends = 2 * high**2 * columns / w if thick * high * w % m else 0.0
+            if columns > w:
+                columns, high, ends = w, high * columns / w, 0.0
+            spread = TIME**2 * (thick**2 - 1) + high**2 - 1 + columns**2 - 1 + ends
+            total += often * times * thick * high * spread
+    return total / (t * h)
+
+
+@functools.lru_cache(maxsize=64)
+def cross_section(t: int, h: int, w: int, m: int) -> tuple[int, int]:
+    """The edges in time and height of the rods that keep slices of m queries of a t x h x w grid most compact."""
+    edges = [(thick, high) for thick in range(1, THICKEST + 1) for high in range(RUN, m // thick + 1, RUN)]
+    return min(edges, key=lambda pair: _spread(t, h, w, m, pair))
+
+
+def _blocks(size: int, edge: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
+    """Per coordinate: the number of its block, where that starts and how long it is; and how many there are."""
+    count = -(-size // edge)
+    index = torch.arange(size, device=device) * count // size
+    start, end = ((i * size + count - 1) // count for i in (index, index + 1))
+    return index, start, end - start, count
+
+
+def hilbert_index(t: Tensor, h: Tensor, w: Tensor, bits: int) -> Tensor:
+    """The place of each token on the Hilbert curve through a cube of 2^bits a side (Skilling 2004)."""
+    axes = list(torch.broadcast_tensors(t, h, w))
+    for bit in range(bits - 1, 0, -1):  # undo what the curve does in each octant: a reflection, or an exchange of axes
+        below = (1 << bit) - 1
+        for i in range(3):
+            reflected = (axes[i] >> bit) & 1 == 1
+            exchanged = torch.where(reflected, 0, (axes[0] ^ axes[i]) & below)
+            axes[0] = torch.where(reflected, axes[0] ^ below, axes[0] ^ exchanged)
+            if i:
+                axes[i] = axes[i] ^ exchanged
+    axes[1] = axes[1] ^ axes[0]  # Gray code
+    axes[2] = axes[2] ^ axes[1]
+    flip = torch.zeros_like(axes[2])
+    for bit in range(bits - 1, 0, -1):
+        flip = torch.where((axes[2] >> bit) & 1 == 1, flip ^ ((1 << bit) - 1), flip)
+    index = torch.zeros_like(flip)
+    for bit in range(bits - 1, -1, -1):
+        for axis in axes:
+            index = index * 2 + (((axis ^ flip) >> bit) & 1)
+    return index
+
+
+def _hilbert_rank(t: int, h: int, w: int, device: torch.device) -> Tensor:
+    sides = [torch.arange(size, device=device) for size in (t, h, w)]
+    return hilbert_index(
+        sides[0].view(-1, 1, 1), sides[1].view(-1, 1), sides[2], max(1, (max(t, h, w) - 1).bit_length())
+    )
+
+
+def _rod_rank(t: int, h: int, w: int, m: int, device: torch.device) -> Tensor:
+    """[t, h, w] numbers that sort the tokens along the rods, and within each slice of m along thinner ones."""
+    edges = cross_section(t, h, w, m)
+    row = torch.arange(h, device=device)
+    column = torch.arange(w, device=device)
+    i, first, thick, _ = (x.view(-1, 1, 1) if isinstance(x, Tensor) else x for x in _blocks(t, edges[0], device))
+    j, low, high, count = (x.view(1, -1, 1) if isinstance(x, Tensor) else x for x in _blocks(h, edges[1], device))
+    inner_t = torch.arange(t, device=device).view(-1, 1, 1) - first
+    inner_h = row.view(1, -1, 1) - low
+
+    # Where each token comes in the walk along the rods, and so its slice.
+    back = i % 2 == 1
+    rod = i * count + torch.where(back, count - 1 - j, j)
+    rods_before = first * h * w + thick * w * torch.where(back, h - low - high, low)
+    along = torch.where(rod % 2 == 1, w - 1 - column, column)
+    place = rods_before + along * thick * high + inner_t * high + inner_h
+
+    # Within a slice the same again with thinner rods.
+    runs = (high + RUN - 1) // RUN
+    run = inner_h * runs // high
+    run = inner_t * runs + torch.where(inner_t % 2 == 1, runs - 1 - run, run)
+    along = torch.where(run % 2 == 1, w - 1 - column, column)
+    rank = ((place // m * t * h + rod) * (THICKEST * h) + run) * w + along
+    return rank * h + inner_h
+
+
+def query_order(
+    t: int, h: int, w: int, before: int, after: int, m: int, device: torch.device, curve: str = "rods"
+) -> Tensor:
+    """int32 [before + t*h*w + after]: the token at each place of query order, for a video of t x h x w tokens.
+
+    The video comes first; the ``before`` and ``after`` tokens (text) follow, so that they shift no slice. ``curve`` is
+    "rods" (above) or "hilbert": the three-dimensional Hilbert curve through the smallest cube that holds the grid.
+    """
+    rank = _rod_rank(t, h, w, m, device) if curve == "rods" else _hilbert_rank(t, h, w, device)
+    video = rank.flatten().argsort() + before
+    text = torch.arange(before + after, device=device)
+    return torch.cat([video, torch.where(text < before, text, text + t * h * w)]).to(torch.int32)

@@ -1,0 +1,358 @@
+"""The block mask from scores: the best groups of each slice, without sorting (portable Triton).
+
+    mask[t] = the shortest prefix of the groups, best score first, that holds top_p of the mass, at most ``limit``
+              or those above alpha times the score of each if all had the same, at most ``limit``
+
+score  [B * heads, T, W * 32]  float16 or float32 (``select_scores``): 0 or more, -1 where masked, NaN
+mask   [B, Hq, T, W]           int32, ``kernels.mask``
+Grid   (T, B * heads)          one program a slice
+
+The bits of scores order them. The cut is the largest value whose prefix is long enough. It is bracketed, low enough
+and high not, and found by regula falsi with the Illinois rule on the share of the target that is held: 9 passes over
+the row where halving needs 14 (mean over lognormal rows of 4,095 and 32,760 groups); from pass 12 on it halves. Equal
+scores are taken by index: groups at the cut are packed to bits like those above it, and only words are ranked. So the
+mask is a function of the scores alone. The row stays in registers, float16 scores in pairs: 64 registers a thread hold
+131,072 groups in 32 warps. A pass is four instructions a group (convert, compare, select, add): at 12 heads x 256
+slices x 4,095 groups 12.6 million groups, 1.8 us of an H100's ALUs. Forced groups (NaN scores, ``dense_keys``) come
+before all others and count with their mass. Meaning: ``reference.select_pooled``.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fg_inductor.kernels.select_scores import NARROW_SCALE
+
+MASKED = tl.constexpr(-1.0)
+MASKED_PAIR = tl.constexpr(-0x43FF4400)  # 0xBC00BC00, two float16 of -1
+NAN = tl.constexpr(0x7E00)
+NARROW_UNIT = tl.constexpr(2.0**NARROW_SCALE)  # a score of 1 in float16
+PATIENCE = tl.constexpr(12)
+
+
+@triton.jit
+def _in_ranges(index, size, ranges):
+    """Whether index .. index + size - 1 meets one of the half-open ranges (start0, end0, start1, end1, ...)."""
+    inside = index < 0
+    for i in tl.static_range(len(ranges) // 2):
+        inside = inside | ((index < ranges[2 * i + 1]) & (index + size > ranges[2 * i]))
+    return inside
+
+
+@triton.jit
+def _value(x, half: tl.constexpr, WIDE: tl.constexpr):
+    """float32 scores of a tile: float32 itself, or one half of each pair."""
+    if WIDE:
+        return x
+    else:
+        return (x >> (16 * half)).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _bits(score, WIDE: tl.constexpr):
+    """The bits of a score, as int32, in the format that is stored."""
+    if WIDE:
+        return score.to(tl.int32, bitcast=True)
+    else:
+        return score.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32)
+
+
+@triton.jit
+def _from_bits(bits, WIDE: tl.constexpr):
+    if WIDE:
+        return bits.to(tl.float32, bitcast=True)
+    else:
+        return bits.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def _load(
+    row_ptr, first, W, dense_keys,
+    N: tl.constexpr, WORDS: tl.constexpr, WIDE: tl.constexpr, HAS_FORCED: tl.constexpr,
+):  # fmt: skip
+    """The scores of WORDS mask words from ``first`` on, forced ones as NaN, and the mass of those in ``dense_keys``.
+
+    [WORDS, 32] float32, or [WORDS, 16] int32, a pair of float16 in each.
+    """
+    HALVES: tl.constexpr = 1 if WIDE else 2
+    word = first + tl.arange(0, WORDS)
+    place = tl.arange(0, 32 // HALVES)
+    x = tl.load(
+        row_ptr + (word[:, None] * (32 // HALVES) + place[None, :]),
+        mask=(word < W)[:, None],
+        other=MASKED if WIDE else MASKED_PAIR,
+    )
+    mass = 0.0
+    if HAS_FORCED:
+        group = word[:, None] * 32 + place[None, :] * HALVES
+        for half in tl.static_range(HALVES):
+            score = _value(x, half, WIDE)
+            forced = _in_ranges((group + half) * N, N, dense_keys) & (score != MASKED)
+            mass += tl.sum(tl.where(forced & (score == score), score, 0.0))
+            if WIDE:
+                x = tl.where(forced, float("nan"), x)
+            elif half == 0:
+                x = tl.where(forced, (x & -0x10000) | NAN, x)
+            else:
+                x = tl.where(forced, (x & 0xFFFF) | (NAN << 16), x)
+    return x, mass
+
+
+@triton.jit
+def _statistics(x, WIDE: tl.constexpr, MASS: tl.constexpr):
+    """Of a tile: groups that are forced, groups that are not masked, the largest score, the mass."""
+    HALVES: tl.constexpr = 1 if WIDE else 2
+    forced = tl.zeros(x.shape, tl.int32)
+    valid = tl.zeros(x.shape, tl.int32)
+    top = tl.full(x.shape, -1.0, tl.float32)
+    mass = tl.zeros(x.shape, tl.float32)
+    for half in tl.static_range(HALVES):
+        score = _value(x, half, WIDE)
+        forced += (score != score).to(tl.int32)
+        valid += (score != MASKED).to(tl.int32)
+        score = tl.where(score == score, score, -1.0)
+        top = tl.maximum(top, score)
+        mass += tl.maximum(score, 0.0)
+    total = 0.0
+    if MASS:
+        total = tl.sum(mass)
+    return tl.sum(forced), tl.sum(valid), tl.max(top), total
+
+
+@triton.jit
+def _held(x, cut, WIDE: tl.constexpr, COUNT: tl.constexpr, MASS: tl.constexpr):
+    """Groups of a tile with a score of ``cut`` or more, forced ones left out: how many, and their mass."""
+    HALVES: tl.constexpr = 1 if WIDE else 2
+    counts = tl.zeros(x.shape, tl.int32)
+    masses = tl.zeros(x.shape, tl.float32)
+    for half in tl.static_range(HALVES):
+        score = _value(x, half, WIDE)
+        counts += (score >= cut).to(tl.int32)
+        masses += tl.where(score >= cut, score, 0.0)
+    count = 0
+    mass = 0.0
+    if COUNT:
+        count = tl.sum(counts)
+    if MASS:
+        mass = tl.sum(masses)
+    return count, mass
+
+
+@triton.jit
+def _popcount(x):
+    """Bits of each int32 that are set."""
+    x = x - ((x >> 1) & 0x55555555)
+    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
+    x = (x + (x >> 4)) & 0x0F0F0F0F
+    return ((x * 0x01010101) >> 24) & 0xFF
+
+
+@triton.jit
+def _store_words(x, mask_ptr, first, W, cut, ties, everything, WIDE: tl.constexpr):
+    """Store the mask words of a tile: groups above the cut, forced ones, and the first ``ties`` of those at the cut.
+    Returns how many lie at the cut."""
+    HALVES: tl.constexpr = 1 if WIDE else 2
+    WORDS: tl.constexpr = x.shape[0]
+    place = tl.arange(0, 32 // HALVES)[None, :] * HALVES
+    above = tl.zeros(x.shape, tl.int32)
+    at_cut = tl.zeros(x.shape, tl.int32)
+    for half in tl.static_range(HALVES):
+        score = _value(x, half, WIDE)
+        keep = (score > cut) | (score != score) | (everything & (score != MASKED))
+        above += keep.to(tl.int32) << (place + half)
+        at_cut += (score == cut).to(tl.int32) << (place + half)
+    above = tl.sum(above, 1)
+    at_cut = tl.sum(at_cut, 1)
+    count = _popcount(at_cut)
+    taken = tl.minimum(tl.maximum(ties - (tl.cumsum(count, 0) - count), 0), count)
+    part = tl.where(taken < count, taken, 0)  # in one word at most: its lowest bits
+    rest = at_cut
+    lowest = tl.zeros([WORDS], tl.int32)
+    for i in range(tl.max(part)):
+        lowest = lowest | tl.where(i < part, rest & -rest, 0)
+        rest = rest & (rest - 1)
+    word = first + tl.arange(0, WORDS)
+    tl.store(mask_ptr + word, above | tl.where(taken == count, at_cut, lowest), mask=word < W)
+    return tl.sum(count)
+
+
+@triton.jit(do_not_specialize=["groups", "limit"])  # 1 would be a Python int, without methods
+def _cut(
+    row_ptr, order_ptr, mask_ptr,
+    stride_mb, stride_mh, stride_mt,
+    first_head, heads, T, W, Sq, groups, limit, share_high, share_low, top_p, alpha, summed, dense_keys, dense_queries,
+    M: tl.constexpr, N: tl.constexpr, WORDS: tl.constexpr, REST: tl.constexpr, LOOP: tl.constexpr, LEAN: tl.constexpr,
+    WIDE: tl.constexpr, COUNT: tl.constexpr, MASS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ORDER: tl.constexpr,
+    HAS_FORCED: tl.constexpr, HAS_DENSE: tl.constexpr, ALPHA: tl.constexpr,
+):  # fmt: skip
+    t = tl.program_id(0)
+    b = (tl.program_id(1) // heads).to(tl.int64)
+    h = first_head + tl.program_id(1) % heads
+    row_ptr += (tl.program_id(1).to(tl.int64) * T + t) * W * (32 if WIDE else 16)
+    mask_ptr += b * stride_mb + h.to(tl.int64) * stride_mh + t * stride_mt
+
+    # The row: WORDS words and REST words in registers; what is beyond is read again in each pass.
+    x, forced_mass = _load(row_ptr, 0, W, dense_keys, N, WORDS, WIDE, HAS_FORCED)
+    forced, valid, top, mass = _statistics(x, WIDE, MASS)
+    if REST > 0:
+        y, y_mass = _load(row_ptr, WORDS, W, dense_keys, N, REST, WIDE, HAS_FORCED)
+        y_forced, y_valid, y_top, y_total = _statistics(y, WIDE, MASS)
+        forced_mass += y_mass
+        forced += y_forced
+        valid += y_valid
+        top = tl.maximum(top, y_top)
+        mass += y_total
+    if LOOP:
+        for first in range(WORDS + REST, W, REST):
+            z, z_mass = _load(row_ptr, first, W, dense_keys, N, REST, WIDE, HAS_FORCED)
+            z_forced, z_valid, z_top, z_total = _statistics(z, WIDE, MASS)
+            forced_mass += z_mass
+            forced += z_forced
+            valid += z_valid
+            top = tl.maximum(top, z_top)
+            mass += z_total
+    if HAS_BIAS:  # the share of the groups that are not masked; float64 as in the reference
+        groups = valid
+        share = tl.full([], share_high, tl.float64) + tl.full([], share_low, tl.float64)
+        limit = tl.maximum(groups.to(tl.float64) * share + 0.5, 1.0).to(tl.int32)
+    total = mass + forced_mass
+    target = total * top_p
+    most = limit.to(tl.float32)
+
+    # low is enough (or all there are), high is not; held: by what comes at high or above.
+    low = 0
+    high = _bits(tl.maximum(top, 0.0), WIDE) + 1
+    at_low = 0.0  # how far the target is exceeded, as a share of it
+    at_high = -1.0
+    held = forced
+    held_mass = forced_mass
+    done = top < 0.0
+    if MASS:
+        # Groups below this score lack, all together, less than may be dropped.
+        small = _bits(total * (1 - top_p) / groups.to(tl.float32), WIDE) - 2
+        low = tl.minimum(tl.maximum(low, small), high - 1)
+        at_low = 1 / top_p - 1
+        done = done | ((forced > 0) & (forced_mass >= target))
+    if COUNT:
+        at_low = tl.maximum(at_low, groups.to(tl.float32) / most - 1)
+        done = done | (forced >= limit)
+        if not MASS:  # where everything is wanted there is nothing to search
+            high = tl.where(groups <= limit, low + 1, high)
+    if not (COUNT or MASS):
+        high = low + 1
+    high = tl.where(done, low + 1, high)
+    passes = 0
+    side = 0
+    while high - low > 1:
+        step = (high - low).to(tl.float32) * (at_low / tl.maximum(at_low - at_high, 1e-30))
+        middle = low + tl.minimum(tl.maximum(step, 0.0), 1e9).to(tl.int32)
+        middle = tl.where(passes < PATIENCE, middle, low + (high - low) // 2)
+        middle = tl.minimum(tl.maximum(middle, low + 1), high - 1)
+        cut = _from_bits(middle, WIDE)
+        # Zero, which the compiler can't know: else it converts the whole row before the loop, and spills.
+        zero = tl.minimum(low, 0)
+        count, mass = _held(x ^ zero if LEAN else x, cut, WIDE, COUNT, MASS)
+        count += forced
+        mass += forced_mass
+        if REST > 0:
+            y_count, y_total = _held(y ^ zero if LEAN else y, cut, WIDE, COUNT, MASS)
+            count += y_count
+            mass += y_total
+        if LOOP:
+            for first in range(WORDS + REST, W, REST):
+                z, _mass = _load(row_ptr, first, W, dense_keys, N, REST, WIDE, HAS_FORCED)
+                z_count, z_total = _held(z, cut, WIDE, COUNT, MASS)
+                count += z_count
+                mass += z_total
+        excess = -1.0
+        if COUNT:
+            excess = tl.maximum(excess, (count - limit).to(tl.float32) / most)
+        if MASS:
+            excess = tl.maximum(excess, (mass - target) / tl.maximum(target, 1e-30))
+        enough = excess >= 0.0
+        # Illinois: the end that stays twice in a row loses half its weight.
+        at_high = tl.where(enough, tl.where(side == 1, at_high * 0.5, at_high), excess)
+        at_low = tl.where(enough, excess, tl.where(side == -1, at_low * 0.5, at_low))
+        low = tl.where(enough, middle, low)
+        high = tl.where(enough, high, middle)
+        held = tl.where(enough, held, count)
+        held_mass = tl.where(enough, held_mass, mass)
+        side = tl.where(enough, 1, -1)
+        passes += 1
+
+    cut = _from_bits(low, WIDE)
+    ties = 0x3FFFFFFF  # groups at exactly the cut that are kept, by index
+    if COUNT:
+        ties = limit - held
+    if MASS:
+        needed = tl.ceil((target - held_mass) / tl.maximum(cut, 1.1754944e-38))
+        ties = tl.minimum(ties, tl.minimum(tl.maximum(needed, 0.0), 1e9).to(tl.int32))
+    cut = tl.where(done, float("inf"), cut)
+    if ALPHA:  # nothing at or below alpha times the score that all groups would have if they were equal
+        means = tl.cdiv(tl.minimum(Sq - t * M, M), summed)
+        bound = alpha * means.to(tl.float32) / tl.maximum(groups, 1).to(tl.float32)
+        if not WIDE:
+            bound *= NARROW_UNIT
+        best = (forced == 0) & (top >= 0.0) & (top <= bound)  # which is kept always
+        ties = tl.where(cut > bound, ties, best.to(tl.int32))
+        cut = tl.where(cut > bound, cut, tl.where(best, top, bound))
+
+    everything = False
+    if HAS_DENSE:
+        row = t * M + tl.arange(0, M)
+        token = row
+        if HAS_ORDER:
+            token = tl.load(order_ptr + row, mask=row < Sq, other=0)
+        inside = _in_ranges(token, 1, dense_queries) & (row < Sq)
+        everything = tl.max(inside.to(tl.int32)) > 0
+    ties -= _store_words(x, mask_ptr, 0, W, cut, ties, everything, WIDE)
+    if REST > 0:
+        ties -= _store_words(y, mask_ptr, WORDS, W, cut, ties, everything, WIDE)
+    if LOOP:
+        for first in range(WORDS + REST, W, REST):
+            z, _mass = _load(row_ptr, first, W, dense_keys, N, REST, WIDE, HAS_FORCED)
+            ties -= _store_words(z, mask_ptr, first, W, cut, ties, everything, WIDE)
+
+
+def configuration(words: int, wide: bool) -> dict:
+    """How ``_cut`` holds a row of mask words: the first WORDS and the REST in registers, in pairs all the time (LEAN)
+    where a thread has more than 64 groups; a row that is longer still is read in blocks of REST (LOOP)."""
+    most = 1024 if wide else 2048
+    head = 1 << (words.bit_length() - 1)  # the largest power of two that fits
+    rest = triton.next_power_of_2(words - head) if words > head else 0
+    if head < 128 or rest > head // 2:  # one tile that covers it is no larger
+        head, rest = triton.next_power_of_2(words), 0
+    if head > most:
+        head, rest = most, most // 4
+    warps = max(1, min(16, head // 64))
+    return {"WORDS": head, "REST": rest, "LOOP": words > head + rest, "LEAN": head > 1024, "num_warps": warps}
+
+
+def launch(
+    score: Tensor, mask: Tensor, first: int, heads: int, groups: int, m: int, n: int, queries: int, keys: int,
+    order: Tensor | None, top_p: float | None, share: float, alpha: float | None, summed: int, masked: bool,
+    dense_keys: list[int], dense_queries: list[int],
+) -> None:  # fmt: skip
+    """Write mask[:, first : first + heads] from the scores of these heads.
+
+    top_p   share of the mass to keep, or None
+    share   share of the groups to keep at most
+    alpha   drop groups that have no more than alpha times the probability of each if all had the same; or None
+    summed  queries for each of the probabilities that a score is the sum of
+    masked  whether a group may be masked, so that ``share`` is of those that are not
+    """
+    B, _, T, W = mask.shape
+    # A range ends with the keys: it does not reach into the padding of the last group.
+    dense_keys = tuple(min(x, keys) for x in dense_keys)
+    high = torch.tensor(share, dtype=torch.float32).item()
+    wide = score.dtype == torch.float32
+    _cut[(T, B * heads)](
+        score if wide else score.view(torch.int32), order, mask, *mask.stride()[:3],
+        first, heads, T, W, queries, groups, max(1, int(groups * share + 0.5)), high, share - high,
+        1.0 if top_p is None else top_p, alpha or 0.0, summed, dense_keys, tuple(dense_queries),
+        M=m, N=n, WIDE=wide, COUNT=share < 1 or (top_p is None and alpha is None), MASS=top_p is not None,
+        HAS_BIAS=masked, HAS_ORDER=order is not None, HAS_FORCED=bool(dense_keys), HAS_DENSE=bool(dense_queries),
+        ALPHA=alpha is not None,
+        **configuration(W, wide),
+    )  # fmt: skip

@@ -1,0 +1,63 @@
+"""The selector of a site: the operator that makes its block mask, and its arguments."""
+
+from dataclasses import dataclass
+
+import torch
+from torch.fx import Graph, Node
+
+from fg_inductor.kernels import ops
+from fg_inductor.passes.graph import call, same, size_of, value
+from fg_inductor.passes.refusal import Refusal
+
+CURVES = {"dfs": "hilbert"}  # query order by selector; the others take rods
+
+
+class Refused(Exception):
+    """A site that the chosen selector can't serve; holds the Refusal."""
+
+    def __init__(self, refusal: Refusal):
+        self.refusal = refusal
+
+
+@dataclass(frozen=True)
+class Operands:
+    """What selectors are given, as arguments of nodes."""
+
+    q: Node
+    k: Node
+    key_bias: Node | None
+    order: Node | None
+    scale: float
+    dense_keys: list
+    dense_queries: list
+    min_seq: int
+
+
+def emit(graph: Graph, settings, x: Operands, origin: Node, cast: torch.dtype) -> Node:
+    """Insert the selector that ``settings.mask`` names; returns the node of the mask. Raises Refused."""
+    shape = (x.scale, settings.m, settings.n)
+    if settings.mask == "pooled":
+        density = (settings.queries_per_mean, settings.top_p, settings.density, settings.max_density)
+        rules = (x.dense_keys, x.dense_queries, x.min_seq, settings.reduce, settings.gamma, settings.alpha)
+        return call(graph, ops.select_pooled, (x.q, x.k, x.key_bias, x.order, *shape, *density, *rules), origin, cast)
+    if settings.mask in ("static", "dfs"):  # they place queries and keys in the grid
+        if x.order is None:
+            raise Refused(Refusal("no token grid", f"fgattn.mask={settings.mask!r} needs fgattn.token_grid", True))
+        if not same(value(x.q).shape[2], value(x.k).shape[2]):
+            lengths = f"{value(x.q).shape[2]} and {value(x.k).shape[2]}, with fgattn.mask={settings.mask!r}"
+            raise Refused(Refusal("queries and keys differ in number", lengths, True))
+    if settings.mask == "static":
+        *grid, before = x.order.args[:4]
+        rule = settings.static
+        args = (x.q, x.k, x.order, *shape[1:], grid, before, rule.tile, rule.window, rule.radius, rule.ranges)
+        mask = call(graph, ops.select_static, args, origin, cast)
+    elif settings.mask == "dfs":
+        args = (x.q, x.k, x.key_bias, x.order, *shape, settings.block_density)
+        mask = call(graph, ops.select_dfs, args, origin, cast)
+    else:
+        mask = call(graph, settings.selector, (x.q, x.k, x.key_bias, x.order, *shape), origin, cast)
+    if not (x.dense_keys or x.dense_queries):
+        return mask
+    lengths = (size_of(graph, x.q, 2, origin), size_of(graph, x.k, 2, origin))
+    args = (mask, x.order, *lengths, *shape[1:], x.dense_keys, x.dense_queries)
+    return call(graph, ops.keep_dense, args, origin)
