@@ -4,7 +4,6 @@ import contextlib
 import functools
 import operator
 import re
-import weakref
 from dataclasses import dataclass
 
 import torch
@@ -75,7 +74,7 @@ def name(node: Node) -> str:
     return _target_name(target) if op == "call_function" or op == "call_module" else ""
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def _target_name(target) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.rpartition("::")[2]
@@ -151,11 +150,14 @@ def fake_mode(node: Node):
     return next((fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor)), None)
 
 
-def call(graph: Graph, target, args: tuple, origin: Node, cast: torch.dtype | None = None, **kwargs) -> Node:
+def call(
+    graph: Graph, target, args: tuple, origin: Node, cast: torch.dtype | None = None, memo: dict | None = None, **kwargs
+) -> Node:
     """Insert ``target(*args, **kwargs)`` at the insertion point, with its fake value and the metadata of ``origin``.
 
     Without a fake value on every node AOTAutograd's cache is silently off. ``cast`` is the dtype that autocast gives
-    floating-point arguments at this place of the program, where it is on.
+    floating-point arguments at this place of the program, where it is on. ``memo`` keeps values for equal calls: all
+    layers of a model make the same, and running a fake takes longer than all else that the pass does for a site.
     """
     node = graph.call_function(target, args, kwargs)
     node.meta = {key: x for key, x in origin.meta.items() if key in ("nn_module_stack", "stack_trace", "custom")}
@@ -169,42 +171,32 @@ def call(graph: Graph, target, args: tuple, origin: Node, cast: torch.dtype | No
     if target is operator.getitem and isinstance(values[0], tuple):
         node.meta[key] = values[0][values[1]]
         return node
-    mode = fake_mode(origin)
-    results = _results.setdefault(mode, {}) if mode else {}
-    signature = _signature(target, values, named, cast)
-    if signature not in results:
-        with mode or contextlib.nullcontext():
+    signature = None if memo is None else _signature(target, values, named, cast)
+    if signature is None or signature not in memo:
+        with fake_mode(origin) or contextlib.nullcontext():
             result = target(*map_arg(args, fake), **map_arg(kwargs, fake))
         if signature is None:
             node.meta[key] = result
             return node
-        results[signature] = result
-    node.meta[key] = results[signature]
+        memo[signature] = result
+    node.meta[key] = memo[signature]
     return node
 
 
-# fake mode -> call of one of our operators -> its result. All layers of a model make the same call, and running a fake
-# takes longer than all else that the pass does for a site.
-_results: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
-
-
 def _signature(target, args: tuple, kwargs: dict, cast) -> tuple | None:
-    """What the result of a call depends on; None for other operators than ours, and where sizes are symbolic."""
+    """What the value of a call depends on; None where sizes are symbolic, or for another operator than ours."""
     if getattr(target, "namespace", "") != "fgattn" or kwargs:
         return None
     parts = []
     for x in args:
         if isinstance(x, Tensor):
-            if not all(type(size) is int for size in (*x.shape, *x.stride())):
-                return None
-            parts.append((x.shape, x.stride(), x.dtype, x.device, x.requires_grad, torch.is_grad_enabled()))
-        elif isinstance(x, (tuple, list)):
-            parts.append(tuple(x))
+            sizes = (*x.shape, *x.stride())
+            parts.append((*sizes, x.dim(), x.dtype, x.device, x.requires_grad))
         else:
-            parts.append(x)
+            parts.append(tuple(x) if isinstance(x, (tuple, list)) else x)
     if any(isinstance(x, torch.SymInt) for part in parts for x in (part if isinstance(part, tuple) else (part,))):
         return None
-    return target, cast, *((type(part), part) for part in parts)
+    return target, cast, torch.is_grad_enabled(), *((type(part), part) for part in parts)
 
 
 def repeat_call(graph: Graph, node: Node, inputs: dict[Node, Node], origin: Node) -> Node:

@@ -27,7 +27,9 @@ class Layout:
         marks, folded = self._marks, self._folded
         for node in program.nodes:
             # Most nodes have no marks and make none; their shapes are not looked at.
-            inputs = [x for x in program.inputs(node) if x in marks or x in folded]
+            # A tensor made to be filled (in-place rotary embeddings) is laid out as the one that it is made like.
+            shaped = node.all_input_nodes if name(node).endswith("_like") else program.inputs(node)
+            inputs = [x for x in shaped if x in marks or x in folded]
             if (inputs or name(node) in STARTS) and _tensor(node) is not None:
                 inputs = program.inputs(node) if name(node) in RESHAPES else inputs
                 self._visit(node, [x for x in inputs if _tensor(x) is not None])

@@ -47,6 +47,9 @@ def graph_text(gm: GraphModule) -> str:
                 if child not in graphs:
                     graphs.append(child)
                 names[node] = f"graph {graphs.index(child)}"
+            elif node.target is getattr:  # x.mT, which is a call of its own since torch 2.14
+                lines.append(f"%{values} = {node.args[1]}({show(node.args[0])})")
+                names[node], values = f"%{values}", values + 1
             else:
                 args = [*map(show, node.args), *(f"{k}={show(v)}" for k, v in sorted(node.kwargs.items()))]
                 names[node], values = f"%{values}", values + 1

@@ -143,7 +143,7 @@ def written(node: Node) -> list[Node]:
     return [x for x in flat if isinstance(x, Node) and (value(x) is None or _holds_tensors(value(x)))]
 
 
-@functools.cache
+@functools.lru_cache(maxsize=1024)
 def _written_places(target) -> tuple[tuple[int, str], ...]:
     """(position, keyword) of the arguments that a function or method always writes into."""
     if isinstance(target, torch._ops.OpOverload):

@@ -82,6 +82,7 @@ class _Rewriter:
     stand_ins: dict[Node, StandIn]
     touched: set[Graph] = field(default_factory=set)
     orders: dict[tuple, Node] = field(default_factory=dict)  # where it is used and of what -> query order
+    values: dict[tuple, Any] = field(default_factory=dict)  # of equal calls of our operators
     masks: dict[Any, tuple[Node | None, Node | None]] = field(default_factory=dict)  # likewise -> key bias, queries
 
     def visit(self, node: Node, index: int) -> Site:
@@ -136,9 +137,9 @@ class _Rewriter:
             shape = (attention.factor, settings.m, settings.n)
             cast = value(node).dtype
             operands = selector.Operands(q, k, bias, order, attention.factor, dense_keys, dense_queries, min_seq)
-            mask = selector.emit(graph, settings, operands, node, cast)
+            mask = selector.emit(graph, settings, operands, node, cast, self.values)
             attention_args = (q, k, v, mask, bias, order, *shape, settings.tail, min_seq, settings.kernel)
-            result = call(graph, ops.attention, attention_args, node, cast)
+            result = call(graph, ops.attention, attention_args, node, cast, self.values)
             out = call(graph, operator.getitem, (result, 0), node)
             if valid_queries is not None:
                 rows = call(graph, operator.getitem, (valid_queries, (slice(None), None, slice(None), None)), node)

@@ -33,13 +33,17 @@ class Operands:
     min_seq: int
 
 
-def emit(graph: Graph, settings, x: Operands, origin: Node, cast: torch.dtype) -> Node:
-    """Insert the selector that ``settings.mask`` names; returns the node of the mask. Raises Refused."""
+def emit(graph: Graph, settings, x: Operands, origin: Node, cast: torch.dtype, memo: dict) -> Node:
+    """Insert the selector that ``settings.mask`` names; returns the node of the mask. Raises Refused.
+
+    ``memo``: that of ``passes.graph.call``.
+    """
     shape = (x.scale, settings.m, settings.n)
     if settings.mask == "pooled":
         density = (settings.queries_per_mean, settings.top_p, settings.density, settings.max_density)
         rules = (x.dense_keys, x.dense_queries, x.min_seq, settings.reduce, settings.gamma, settings.alpha)
-        return call(graph, ops.select_pooled, (x.q, x.k, x.key_bias, x.order, *shape, *density, *rules), origin, cast)
+        args = (x.q, x.k, x.key_bias, x.order, *shape, *density, *rules)
+        return call(graph, ops.select_pooled, args, origin, cast, memo)
     if settings.mask in ("static", "dfs"):  # they place queries and keys in the grid
         if x.order is None:
             raise Refused(Refusal("no token grid", f"fgattn.mask={settings.mask!r} needs fgattn.token_grid", True))
@@ -50,10 +54,10 @@ def emit(graph: Graph, settings, x: Operands, origin: Node, cast: torch.dtype) -
         *grid, before = x.order.args[:4]
         rule = settings.static
         args = (x.q, x.k, x.order, *shape[1:], grid, before, rule.tile, rule.window, rule.radius, rule.ranges)
-        mask = call(graph, ops.select_static, args, origin, cast)
+        mask = call(graph, ops.select_static, args, origin, cast, memo)
     elif settings.mask == "dfs":
         args = (x.q, x.k, x.key_bias, x.order, *shape, settings.block_density)
-        mask = call(graph, ops.select_dfs, args, origin, cast)
+        mask = call(graph, ops.select_dfs, args, origin, cast, memo)
     else:
         mask = call(graph, settings.selector, (x.q, x.k, x.key_bias, x.order, *shape), origin, cast)
     if not (x.dense_keys or x.dense_queries):

@@ -199,6 +199,22 @@ def test_no_mask_of_queries_by_keys_is_built(make):
     assert len(seen) > 1
 
 
+def test_layers_share_what_is_read_of_their_mask():
+    first, second = Masked(None), Masked(None)
+
+    def run(x, valid):
+        mask = outer_product_as_in_hunyuan_video(valid)
+        first.make = second.make = lambda valid: mask
+        return second(first(x, valid), valid)
+
+    x, valid = inputs()
+    done = run_pass(run, (x, valid), density=1.0)
+    assert [site.decision for site in done.sites] == ["rewritten"] * 2
+    shared = [arguments["key_bias"] for arguments in done.attention()]
+    assert shared[0] is shared[1]
+    torch.testing.assert_close(done.result, run(x, valid))
+
+
 def test_masked_queries_give_zero():
     model = Masked(outer_product_as_in_hunyuan_video)
     x, valid = inputs()

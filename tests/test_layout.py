@@ -242,6 +242,16 @@ def folded_before_a_fused_projection(blocks, x, text):
     return tokens(SDPA(qkv[0], qkv[1], qkv[2]))
 
 
+def folded_before_a_rotation_in_place(blocks, x, text):
+    def rotate(t):
+        out = torch.empty_like(t)
+        out[..., ::2], out[..., 1::2] = t[..., 1::2], -t[..., ::2]
+        return out
+
+    b, y = blocks[0], x.reshape(-1, 16, WIDTH)
+    return tokens(SDPA(rotate(heads(b.q(y))), rotate(heads(b.k(y))), heads(b.v(y))))
+
+
 def folded_layers_above(blocks, x, text):
     y = x.reshape(-1, 16, WIDTH)
     for block in blocks:
@@ -294,6 +304,7 @@ FOLDED = [
     spatial_of_one_video,
     folded_after_the_projection,
     folded_before_a_fused_projection,
+    folded_before_a_rotation_in_place,
     folded_layers_above,
     windows,
 ]

@@ -140,7 +140,9 @@ class Module(nn.Module):
         if kind == "keys":
             return valid[:, None, None]
         if kind == "keys, added":
-            return torch.where(valid, 0.0, -10000.0)[:, None].repeat_interleave(HEADS, 0).view(-1, HEADS, 1, k.shape[2])
+            # In the dtype of q: SDPA on a CPU gets float64 queries wrong where the mask is float32 (torch 2.13).
+            added = torch.where(valid, 0.0, -10000.0).to(q.dtype)
+            return added[:, None].repeat_interleave(HEADS, 0).view(-1, HEADS, 1, k.shape[2])
         if kind == "keys and queries":
             rows = valid[:, None, None].repeat(1, 1, q.shape[2], 1)
             queries = torch.ones_like(rows) if q.shape[2] != k.shape[2] else rows.transpose(2, 3)
@@ -149,7 +151,7 @@ class Module(nn.Module):
             return torch.ones(q.shape[2], k.shape[2], dtype=torch.bool).tril()
         if kind == "each head its own":
             return valid[:, None, None] | (torch.arange(HEADS) == 0)[:, None, None]
-        return torch.rand(q.shape[2], k.shape[2]) if self.plan.by_hand else torch.zeros(q.shape[2], k.shape[2])
+        return (torch.rand if self.plan.by_hand else torch.zeros)(q.shape[2], k.shape[2], dtype=q.dtype)
 
     def attend(self, q, k, v, scale, mask):
         plan = self.plan
