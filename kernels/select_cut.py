@@ -36,7 +36,8 @@ def _in_ranges(index, size, ranges):
     """Whether index .. index + size - 1 meets one of the half-open ranges (start0, end0, start1, end1, ...)."""
     inside = index < 0
     for i in tl.static_range(len(ranges) // 2):
-        inside = inside | ((index < ranges[2 * i + 1]) & (index + size > ranges[2 * i]))
+        meets = (index < ranges[2 * i + 1]) & (index + size > ranges[2 * i])
+        inside = inside | (meets & (ranges[2 * i] < ranges[2 * i + 1]))
     return inside
 
 
