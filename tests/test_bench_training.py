@@ -110,42 +110,43 @@ def test_rows_of_attention(calls):
     assert 0 < found[1]["error"] < 0.01 and all("error" not in row for row in (found[0], *found[2:]))
 
 
+@pytest.mark.parametrize("tail", ["none", "pooled"])
 @pytest.mark.parametrize("which", range(3), ids=["dq", "dk", "dv"])
-def test_error_is_seen(calls, monkeypatch, which):
-    """A backward that is wrong for the last key, or query, has a large error."""
-    real = torch.ops.fgattn.attention_backward.default
+def test_error_is_seen(which, tail):
+    """A backward that is wrong for the last query, or key, has a large error."""
+    q, k, v, _ = training._inputs((1, 250, 2, 64), "cpu")[0]
+    arguments = (q, k, v, training._select(q, k, 16, 8, 0.5), None, None, 0.125, 16, 8, tail, 0)
 
-    class Wrong(torch.utils._python_dispatch.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            out = func(*args, **(kwargs or {}))
-            if func is real:
-                out[which][:, -1, -1] += 1
-            return out
+    def right(dout):
+        return torch.autograd.grad(ops.attention(*arguments)[0], (q, k, v), dout)
 
-    q, k, v, _ = training._inputs((1, 240, 2, 64), "cpu")[0]
-    mask = training._select(q, k, 16, 8, 0.5)
-    arguments = (q, k, v, mask, None, None, 0.125, 16, 8, "none", 0)
-    assert training.error(*arguments) < 0.01
-    with Wrong():
-        assert training.error(*arguments) > 0.1
+    def wrong(dout):
+        grads = right(dout)
+        grads[which][:, -1, -1] += 1
+        return grads
+
+    assert training.error(right, *arguments) < 0.01
+    assert training.error(wrong, *arguments) > 0.1
 
 
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-@pytest.mark.parametrize("schedule", ["slices", "keys"])
-def test_a_schedule_is_called_as_the_operator_calls_it(calls, monkeypatch, schedule):
+def test_rows_of_schedules(calls, monkeypatch):
+    """Called as the operator would call the kernels; a wrong one is seen."""
     from fg_inductor.kernels import attention_backward
 
-    seen = []
-    monkeypatch.setattr(attention_backward, "launch", lambda *a, **how: seen.append((a, how)))
-    inputs = training._inputs((1, 240, 2, 64), "cpu")
-    mask = training._select(*inputs[0][:2], 16, 8, 0.5)
-    rest = (None, None, 0.125, 16, 8, "none")
-    training._schedule(inputs, mask, rest, training.SCHEDULES[schedule])
-    ((arguments, how),) = seen
-    assert how == {"split": schedule == "keys"}
-    (q, k, v, dout), (out, lse) = inputs[0], ops.attention(*inputs[0][:3], mask, *rest, 0)
-    for actual, expected in zip(arguments, (dout, q, k, v, out, lse, mask, *rest), strict=True):
-        assert torch.equal(actual, expected) if isinstance(expected, torch.Tensor) else actual == expected
+    def launch(dout, q, k, v, out, lse, *rest, split):
+        with torch.enable_grad():
+            attended, expected = ops.attention(q, k, v, *rest, 0)
+            assert torch.equal(out, attended) and torch.equal(lse, expected)
+            dq, dk, dv = torch.autograd.grad(attended, (q, k, v), dout)
+        return dq, dk * (1 + split), dv
+
+    monkeypatch.setattr(attention_backward, "launch", launch)
+    slices, keys = rows("--parts attention --tail pooled --schedule slices keys")
+    assert [(r["work"], r["variant"], r["baseline_ms"], r["median_ms"]) for r in (slices, keys)] == [
+        ("backward", "backward by slices", 2.0, 4.0), ("backward", "backward by keys", 2.0, 5.0),
+    ]  # fmt: skip
+    assert slices["error"] < 0.01 and keys["error"] > 0.1
 
 
 def test_rows_of_a_step(calls):

@@ -174,47 +174,51 @@ def _attention_rows(args, inputs: Inputs, dense: dict[str, Measured], head: dict
         def selected(q, k, v, m=m, n=n, density=density, rest=rest):
             return ops.attention(q, k, v, _select(q, k, m, n, density), *rest)[0]
 
-        wrong = {"error": error(q, k, v, mask, *rest)}
         if "auto" in args.schedule:
+            wrong = error(lambda dout, f=given: torch.autograd.grad(f(q, k, v), (q, k, v), dout), q, k, v, mask, *rest)
             for work, measured in _passes(inputs, given).items():
-                yield _record(head, measured, dense[work], work=work, **what) | (wrong if work == "backward" else {})
+                found = {"error": wrong} if work == "backward" else {}
+                yield _record(head, measured, dense[work], work=work, **what, **found)
             both = _passes(inputs, selected)["forward and backward"]
             work = "selection, forward and backward"
             yield _record(head, both, dense["forward and backward"], work=work, **what | {"lists": "selected"})
         for schedule in [name for name in args.schedule if name != "auto"]:
-            measured = _schedule(inputs, mask, rest[:-1], SCHEDULES[schedule])
-            variant = {"variant": f"backward by {schedule}"}
-            yield _record(head, measured, dense["backward"], work="backward", **what | variant)
+            measured, wrong = _schedule(inputs, mask, rest, SCHEDULES[schedule])
+            found = {"variant": f"backward by {schedule}", "error": wrong}
+            yield _record(head, measured, dense["backward"], work="backward", **what | found)
 
 
 @torch.no_grad()
-def _schedule(inputs: Inputs, mask: Tensor, rest: tuple, split: bool) -> Measured:
-    """Backward by one of its schedules, whichever would have been chosen."""
+def _schedule(inputs: Inputs, mask: Tensor, rest: tuple, split: bool) -> tuple[Measured, float]:
+    """Backward by one of its schedules, whichever the operator would choose, and its error."""
     from fg_inductor.kernels import attention_backward
 
-    calls = []
-    for q, k, v, dout in inputs:
-        saved = (dout, q, k, v, *ops.attention(q, k, v, mask, *rest, 0), mask, *rest)
-        calls.append(lambda saved=saved: attention_backward.launch(*saved, split=split))
-    return measure(calls), _peak(calls[0], mask.device.type)
+    def backward(dout, *saved):
+        return attention_backward.launch(dout, *saved, mask, *rest[:-1], split=split)
+
+    saved = [(q, k, v, *ops.attention(q, k, v, mask, *rest)) for q, k, v, _ in inputs]
+    wrong = error(lambda dout: backward(dout, *saved[0]), *inputs[0][:3], mask, *rest)
+    calls = [lambda x=x, y=y: backward(x[3], *y) for x, y in zip(inputs, saved, strict=True)]
+    return (measure(calls), _peak(calls[0], mask.device.type)), wrong
 
 
-def error(q, k, v, mask, key_bias, order, scale, m, n, tail, min_seq, slices=(0, -1)) -> float:
-    """Relative L2 error of dq, dk and dv of the last head together, for an output gradient on a few slices of it."""
-    dout = torch.zeros_like(q)
-    exact = None
+def error(
+    backward: Callable[[Tensor], tuple[Tensor, ...]],
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor, key_bias: Tensor | None, order: None, scale: float,
+    m: int, n: int, tail: str, min_seq: int, slices: tuple[int, ...] = (0, -1),
+) -> float:  # fmt: skip
+    """Relative L2 error of ``backward(dout)`` = (dq, dk, dv) in the last head, for a dout on a few slices of it."""
+    dout = torch.zeros_like(q, requires_grad=False)
+    exact = torch.zeros(3, 1, 1, *q.shape[2:], dtype=torch.float64, device=q.device)
     for t in slices:
         t = range(mask.shape[2])[t]
         at = slice(t * m, (t + 1) * m)
-        rows = (slice(-1, None), slice(-1, None), at)
-        dout[rows] = torch.randn_like(q[rows])
+        dout[-1:, -1:, at] = torch.randn_like(q[-1:, -1:, at])
         one = (x[-1:, -1:].detach().double() for x in (dout[:, :, at], q[:, :, at], k, v))
         dq, dk, dv = reference.attention_backward(*one, mask[-1:, -1:, t : t + 1], key_bias, order, scale, m, n, tail)
-        full = torch.zeros_like(dk).index_copy_(2, torch.arange(q.shape[2], device=q.device)[at], dq)
-        grads = torch.stack([full, dk, dv])
-        exact = grads if exact is None else exact + grads
-    out, _ = ops.attention(q, k, v, mask, key_bias, order, scale, m, n, tail, min_seq)
-    actual = torch.stack([x[-1:, -1:] for x in torch.autograd.grad(out, (q, k, v), dout)]).double()
+        exact[0, :, :, at] += dq
+        exact[1:] += torch.stack([dk, dv])
+    actual = torch.stack([x[-1:, -1:] for x in backward(dout)]).double()
     return ((actual - exact).norm() / exact.norm()).item()
 
 
