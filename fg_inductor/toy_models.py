@@ -1,5 +1,6 @@
-"""Small models for tests: attention with its projections, and a tiny Wan; and a count of operator calls."""
+"""Small models for tests: attention with its projections, and a tiny Wan; their gradients, and operator calls."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile
+
+from fg_inductor.testing import assert_l2_as_accurate
 
 # What makes the backend rewrite the short sequences of these models.
 SHORT = {"fgattn.min_seq": 1, "fgattn.when": "always", "fgattn.slice": "16x8", "fgattn.quiet": True}
@@ -66,6 +69,33 @@ def wan_inputs(frames: int = 3, height: int = 8, width: int = 12, text: int = 8,
         "encoder_hidden_states": torch.randn(batch, text, 16),
         "return_dict": False,
     }
+
+
+def gradients(model: nn.Module, run: Callable, inputs: dict[str, Any]) -> list[Tensor]:
+    """The output of ``run(**inputs)``, and the gradients of its mean square to parameters and floating inputs."""
+    leaves = {
+        name: x.detach().requires_grad_() if isinstance(x, Tensor) and x.is_floating_point() else x
+        for name, x in inputs.items()
+    }
+    model.zero_grad()
+    out = run(**leaves)
+    out = out[0] if isinstance(out, tuple) else out
+    out.float().square().mean().backward()
+    tensors = (*model.parameters(), *(x for x in leaves.values() if isinstance(x, Tensor)))
+    return [out.detach(), *(x.grad.clone() for x in tensors if x.grad is not None)]
+
+
+def assert_as_accurate_as_eager(model: nn.Module, run: Callable, inputs: dict[str, Any]) -> None:
+    """Output and gradients of ``run``, which computes with the parameters of ``model``, are as near to those of the
+    model in float64 as those of the eager model are, under the ambient autocast."""
+    plain, actual = gradients(model, model, inputs), gradients(model, run, inputs)
+    double = {name: x.double() if isinstance(x, Tensor) else x for name, x in inputs.items()}
+    with torch.autocast("cpu", enabled=False):
+        exact_model = copy.deepcopy(model).double()
+        exact = gradients(exact_model, exact_model, double)
+    assert len(actual) == len(plain) == len(exact)
+    for i, (one, other, third) in enumerate(zip(actual, plain, exact, strict=True)):
+        assert_l2_as_accurate(one, other, third.double(), label=f"result {i}")
 
 
 def count_calls(run: Callable[[], Any]) -> dict[str, int]:

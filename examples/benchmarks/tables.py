@@ -24,6 +24,7 @@ LABELS = {
     "slice": "M x N", "psnr_db": "PSNR, dB", "lists_ms": "lists, ms", "select_ms": "selection, ms",
     "lists": "kept groups", "tail_ms": "tail, ms", "together_ms": "selection and attention, ms",
     "tflop": "TFLOP kept", "tflops": "TFLOP/s kept", "baseline_tflops": "baseline, TFLOP/s",
+    "peak_gb": "peak, GB", "baseline_peak_gb": "baseline peak, GB", "attention": "attention's share",
 }  # fmt: skip
 HIDDEN = {"density", "p20_ms", "p80_ms", "baseline_p20_ms", "baseline_p80_ms"}
 LAST = ("baseline", "baseline_ms", "median_ms", "ratio")  # in this order at the right of each table

@@ -14,7 +14,6 @@ the pooled tail adds, "select_ms" makes a mask from q and k, "together_ms" selec
 
 import argparse
 import itertools
-import re
 from collections.abc import Callable, Iterator
 
 import torch
@@ -22,11 +21,21 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from fg_inductor.bench.common import PRESETS, environment, measure, save, sets_past_l2, show
+from fg_inductor.bench.common import (
+    PRESETS,
+    environment,
+    mask_slice,
+    measure,
+    positive,
+    save,
+    sets_past_l2,
+    share,
+    show,
+)
 from fg_inductor.bench.masks import LISTS, make_mask
 from fg_inductor.kernels import ops, reference
 from fg_inductor.kernels.checks import HEAD_DIMS, KERNELS, TAILS
-from fg_inductor.kernels.mask import GROUPS, SLICES, group_count, unpack
+from fg_inductor.kernels.mask import group_count, unpack
 
 COLUMNS = [
     "variant", "slice", "lists", "tail", "kept", "tflop", "median_ms", "tflops", "ratio", "rate",
@@ -43,13 +52,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m fg_inductor bench attention", description=__doc__)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--preset", choices=PRESETS, help=f"a model's self-attention; default {DEFAULT_PRESET}")
-    parser.add_argument("--seq", type=_positive, help="tokens; with --heads and --dim, instead of a preset")
-    parser.add_argument("--heads", type=_positive)
+    parser.add_argument("--seq", type=positive, help="tokens; with --heads and --dim, instead of a preset")
+    parser.add_argument("--heads", type=positive)
     parser.add_argument("--dim", type=int, choices=HEAD_DIMS)
-    parser.add_argument("--batch", type=_positive, default=1)
+    parser.add_argument("--batch", type=positive, default=1)
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
-    parser.add_argument("--slice", nargs="+", type=_slice, default=[(128, 8)], metavar="MxN")
-    parser.add_argument("--density", nargs="+", type=_density, default=[0.3], help="share of the groups to keep")
+    parser.add_argument("--slice", nargs="+", type=mask_slice, default=[(128, 8)], metavar="MxN")
+    parser.add_argument("--density", nargs="+", type=share, default=[0.3], help="share of the groups to keep")
     parser.add_argument("--lists", nargs="+", choices=LISTS, default=["random"], help="see fg_inductor/bench/masks.py")
     parser.add_argument("--tail", nargs="+", choices=TAILS, default=["none"])
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, default=["auto"])
@@ -69,30 +78,6 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         args.preset = args.preset or DEFAULT_PRESET
         args.heads, args.seq, args.dim = (PRESETS[args.preset][name] for name in ("heads", "tokens", "dim"))
     return args
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or not int(text):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
-    return int(text)
-
-
-def _density(text: str) -> float:
-    try:
-        density = float(text)
-    except ValueError:
-        density = 0.0
-    if not 0 < density <= 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number in (0, 1]")
-    return density
-
-
-def _slice(text: str) -> tuple[int, int]:
-    found = re.fullmatch(r"(\d+)x(\d+)", text, re.ASCII)
-    m, n = map(int, found.groups()) if found else (0, 0)
-    if m not in SLICES or n not in GROUPS:
-        raise argparse.ArgumentTypeError(f"{text!r} is not MxN, M in {SLICES} and N in {GROUPS}")
-    return m, n
 
 
 # The benchmark

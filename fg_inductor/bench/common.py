@@ -1,9 +1,11 @@
-"""What every benchmark shares: shapes, environment, timing, records."""
+"""What every benchmark shares: shapes, arguments, environment, timing, records."""
 
+import argparse
 import itertools
 import json
 import math
 import os
+import re
 import statistics
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +14,8 @@ from typing import Any, NamedTuple
 
 import torch
 from tabulate import tabulate
+
+from fg_inductor.kernels.mask import GROUPS, SLICES
 
 # Self-attention of published models: heads, tokens (video, and text where the site is joint), head dim, token grid.
 # Heads, head dims and patches are those of the models' configurations for diffusers; the clip is the pipeline's default
@@ -28,6 +32,39 @@ PRESETS = {
     "ltx-13b-720p": {"heads": 32, "tokens": 14_080, "dim": 128, "grid": (16, 22, 40)},
     "allegro-720p": {"heads": 24, "tokens": 79_200, "dim": 96, "grid": (22, 45, 80)},
 }
+
+
+# Types of arguments
+
+
+def positive(text: str) -> int:
+    """A whole number above 0."""
+    if not text.isdecimal() or not int(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number above 0")
+    return int(text)
+
+
+def share(text: str) -> float:
+    """A number in (0, 1]."""
+    try:
+        number = float(text)
+    except ValueError:
+        number = 0.0
+    if not 0 < number <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number in (0, 1]")
+    return number
+
+
+def mask_slice(text: str) -> tuple[int, int]:
+    """M and N of "128x8"."""
+    found = re.fullmatch(r"(\d+)x(\d+)", text, re.ASCII)
+    m, n = map(int, found.groups()) if found else (0, 0)
+    if m not in SLICES or n not in GROUPS:
+        raise argparse.ArgumentTypeError(f"{text!r} is not MxN, M in {SLICES} and N in {GROUPS}")
+    return m, n
+
+
+# Environment, times, records
 
 
 def environment() -> dict:
