@@ -18,11 +18,12 @@ from torch.fx import GraphModule, Node
 
 from fg_inductor import explain_page, kernels, passes
 from fg_inductor.kernels import ops
-from fg_inductor.passes import cache_key, checkpoint, density, sdpa
+from fg_inductor.passes import cache_key, checkpoint, density, sdpa, variant
 from fg_inductor.passes.graph import hint, value
 from fg_inductor.passes.site import Site
 from fg_inductor.report import Meter, Report, Row, announce, record, reset
 from fg_inductor.settings import PREFIX, Settings
+from fg_inductor.variants import Variants
 
 log = logging.getLogger(__name__)
 
@@ -50,6 +51,7 @@ def fgattn(
     graph_id = str(torch._guards.CompileContext.current_compile_id())
     before = gm.print_readable(print_output=False) if log.isEnabledFor(logging.DEBUG) else None
     with dynamo_timed("fgattn_pass", log_pt2_compile_event=True):
+        dense = variant.copy_graph(gm) if settings.dense_first else None
         rows = rewrite_graph(gm, settings, graph_id)
         _check_strict(rows, settings)
         rewritten = any(row.site.rewritten for row in rows)
@@ -60,10 +62,23 @@ def fgattn(
         rows = [_note_unmeasured(row, meter) for row in rows]
     record(rows, meter)
     announce(graph_id, rows, settings)
-    if rewritten:
-        patches = _with_joint_pass(patches, settings)
-    compiled = _compile(gm, example_inputs, settings.inner, patches)
-    return meter.wrap(compiled) if meter else compiled
+    if not rewritten:
+        return _compile(gm, example_inputs, settings.inner, patches)
+    ours = _with_joint_pass(patches, settings)
+
+    def compile_sparse(graph):
+        compiled = _compile(graph, example_inputs, settings.inner, ours)
+        return meter.wrap(compiled) if meter else compiled
+
+    if dense is None:
+        return compile_sparse(gm)
+    sparse = variant.copy_graph(gm)
+    return Variants(
+        settings,
+        dense=lambda: _compile(dense, example_inputs, settings.inner, patches),
+        sparse=lambda: compile_sparse(sparse),
+        now=variant.is_symbolic(example_inputs),
+    )
 
 
 fgattn.reset = reset  # called by torch._dynamo.reset()

@@ -115,6 +115,12 @@ def _between(high):
     return read
 
 
+def _share(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value <= 1:
+        raise ValueError("must be a number in [0, 1]")
+    return float(value)
+
+
 def _flag(value):
     if not isinstance(value, bool):
         raise ValueError("must be True or False")
@@ -191,9 +197,7 @@ class Settings:
     )
     min_seq: int = _option(4096, _length, "tokens; sites with fewer queries or keys stay dense")
     dense_first: float = _option(
-        0.0,
-        _only(0.0, "steps are not counted yet"),
-        "share of denoising steps attended densely (reserved: only the default)",
+        0.0, _share, "share of the denoising steps, the first ones, attended densely; needs `fg_inductor.denoising`"
     )
     refresh: str = _option(
         "every 8",

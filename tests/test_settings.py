@@ -19,6 +19,7 @@ ACCEPTED = [
     ("token_grid", [2, np.int64(3), 4], (2, 3, 4)),
     ("token_grid", None, None),
     ("dense_first", 0, 0.0),
+    ("dense_first", 1, 1.0),
     ("tail", "pooled", "pooled"),
     ("kernel", "hopper", "hopper"),
     ("strict", True, True),
@@ -66,7 +67,8 @@ REFUSED = [
     ("fgattn.alpha", float("nan"), "must be a positive number or None; got nan"),
     ("fgattn.alpha", True, "must be a positive number or None; got True"),
     ("fgattn.strict", 1, "must be True or False; got 1"),
-    ("fgattn.dense_first", 0.1, "must be 0.0: steps are not counted yet; got 0.1"),
+    ("fgattn.dense_first", -0.1, "'fgattn.dense_first' must be a number in [0, 1]; got -0.1"),
+    ("fgattn.dense_first", True, "'fgattn.dense_first' must be a number in [0, 1]; got True"),
 ]
 
 

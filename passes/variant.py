@@ -1,0 +1,58 @@
+"""A copy of Dynamo's graph, so that one frame can have several compiled forms.
+
+Dynamo reads the metadata of its own placeholders after the backend returns, and an inner compiler may change the graph
+that it is given: so each form gets a graph of its own, child graphs (checkpointed regions) included.
+"""
+
+import torch
+from torch.fx import Graph, GraphModule
+
+
+def copy_graph(gm: GraphModule) -> GraphModule:
+    """A GraphModule with new nodes, and with the weights, the fake values and the metadata of ``gm``."""
+    graph, copied = Graph(), {}
+    graph.output(graph.graph_copy(gm.graph, copied))
+    old_output, new_output = (next(n for n in reversed(g.nodes) if n.op == "output") for g in (gm.graph, graph))
+    new_output.meta = dict(old_output.meta)
+    for old, new in copied.items():
+        new.meta.pop("grapharg", None)  # Dynamo's own, which it empties
+        if hasattr(old, "_dynamo_source"):  # AOTAutograd asks every placeholder for it
+            new._dynamo_source = old._dynamo_source
+    result = GraphModule(gm, graph, gm.__class__.__name__)
+    result.meta = dict(gm.meta)
+    if hasattr(gm, "_param_name_to_source"):
+        result._param_name_to_source = gm._param_name_to_source
+    for name, child in result.named_children():
+        if isinstance(child, GraphModule):
+            setattr(result, name, copy_graph(child))
+    return result
+
+
+class Lazy:
+    """A compiled form of a graph that is compiled when it first runs, as Inductor compiles backward graphs.
+
+    compile   makes the callable; called once, under the tracing context of the frame that it belongs to
+    """
+
+    def __init__(self, compile):
+        self._compile = compile
+        self._compiled = None
+        self._contexts = torch._guards.TracingContext.try_get(), torch._guards.CompileContext.try_get()
+
+    def compile(self) -> None:
+        """Compile it now, if it is not."""
+        if self._compiled is None:
+            tracing, compiling = self._contexts
+            with torch._guards.tracing(tracing), torch._guards.compile_context(compiling):
+                self._compiled = self._compile()
+            self._compile = self._contexts = None  # lets the graph go
+
+    def __call__(self, *args):
+        self.compile()
+        return self._compiled(*args)
+
+
+def is_symbolic(example_inputs) -> bool:
+    """Whether a graph has symbolic sizes. Its forms are then compiled while Dynamo still collects guards."""
+    sizes = (size for x in example_inputs for size in (x.shape if isinstance(x, torch.Tensor) else (x,)))
+    return any(isinstance(size, torch.SymInt) for size in sizes)
