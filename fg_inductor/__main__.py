@@ -1,11 +1,17 @@
-"""The command line: ``python -m fg_inductor {options,env,bench}``."""
+"""The command line: ``python -m fg_inductor {options,env,explain,bench}``."""
 
 import argparse
+import ast
 import importlib
 import importlib.metadata
 import json
 import pkgutil
 import platform
+import runpy
+import sys
+from pathlib import Path
+
+import torch
 
 from fg_inductor import bench, settings
 
@@ -18,6 +24,19 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("options", help="print the options of the backend as a Markdown table")
     commands.add_parser("env", help="print versions and card, for a bug report")
+    explain = commands.add_parser(
+        "explain",
+        help="say what becomes of each attention site of a model",
+        description="Say what becomes of each attention site of a model, without compiling it.",
+    )
+    explain.add_argument(
+        "target", metavar="SCRIPT.py:FUNCTION", help="FUNCTION() returns (model, inputs): a tuple, or a dict by keyword"
+    )
+    explain.add_argument("--html", metavar="FILE", help="run sparse, and write a page with each block mask")
+    explain.add_argument("--json", metavar="FILE", help="write the table as JSON")
+    explain.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="such as fgattn.top_p=0.8; several times"
+    )
     # The benchmark parses its own arguments, -h included.
     run = commands.add_parser("bench", help="run a benchmark; 'bench NAME -h' explains it", add_help=False)
     run.add_argument("name", choices=names, metavar="NAME", help=", ".join(names))
@@ -26,10 +45,50 @@ def main(argv: list[str] | None = None) -> None:
         importlib.import_module(f"fg_inductor.bench.{args.name}").main(rest)
     elif rest:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    elif args.command == "explain":
+        _explain(parser, args)
     elif args.command == "options":
         print(settings.options_table())
     else:
         print(json.dumps(environment(), indent=1))
+
+
+def _explain(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    import fg_inductor
+
+    script, _, function = args.target.rpartition(":")
+    if not script or not Path(script).is_file():
+        parser.error(f"{args.target!r} is not SCRIPT.py:FUNCTION, or there is no such script")
+    sys.path.insert(0, str(Path(script).resolve().parent))
+    make = runpy.run_path(script).get(function)
+    if not callable(make):
+        parser.error(f"{script} has no function {function!r}")
+    made = make()
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], (tuple, dict))):
+        parser.error(f"{function}() must return (model, inputs), inputs a tuple or a dict; got {type(made).__name__}")
+    model, inputs = made
+    positional, named = (inputs, {}) if isinstance(inputs, tuple) else ((), inputs)
+    options = dict(map(_option, args.option))
+    try:
+        with torch.no_grad():
+            report = fg_inductor.explain(model, *positional, options=options, page=args.html, **named)
+    except (ValueError, TypeError) as error:
+        parser.error(str(error)) if str(error).startswith("fgattn") else _raise(error)
+    if args.json:
+        Path(args.json).write_text(report.to_json())
+
+
+def _raise(error: Exception) -> None:
+    raise error
+
+
+def _option(text: str) -> tuple[str, object]:
+    """``fgattn.top_p=0.8`` -> ("fgattn.top_p", 0.8); a value that is no Python literal is a string."""
+    name, _, value = text.partition("=")
+    try:
+        return name, ast.literal_eval(value)
+    except (ValueError, SyntaxError):
+        return name, value
 
 
 def benchmarks() -> list[str]:

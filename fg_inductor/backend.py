@@ -16,7 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
-from fg_inductor import kernels, passes
+from fg_inductor import explain_page, kernels, passes
 from fg_inductor.kernels import ops
 from fg_inductor.passes import cache_key, checkpoint, density, sdpa
 from fg_inductor.passes.graph import hint, value
@@ -50,7 +50,7 @@ def fgattn(
     graph_id = str(torch._guards.CompileContext.current_compile_id())
     before = gm.print_readable(print_output=False) if log.isEnabledFor(logging.DEBUG) else None
     with dynamo_timed("fgattn_pass", log_pt2_compile_event=True):
-        rows = rewrite(gm, settings, graph_id)
+        rows = rewrite_graph(gm, settings, graph_id)
         _check_strict(rows, settings)
         rewritten = any(row.site.rewritten for row in rows)
         meter = Meter(density.add_outputs(gm)) if settings.stats and rewritten else None
@@ -75,20 +75,33 @@ def register() -> None:
         torch._dynamo.register_backend(fgattn, name="fgattn")
 
 
-def explain(model: Callable, *args, options: dict[str, Any] | None = None, **kwargs) -> Report:
-    """What ``backend="fgattn"`` would do with each attention site of ``model(*args, **kwargs)``, without compiling it.
+def explain(
+    model: Callable, *args, options: dict[str, Any] | None = None, page: str | Path | None = None, **kwargs
+) -> Report:
+    """Print what ``backend="fgattn"`` would do with each attention site of ``model(*args, **kwargs)``, and return it.
 
-    Runs the model once, eagerly and with dense attention. ``fg_inductor.report()`` and the counters stay as they are.
+    Runs the model once, eagerly: with dense attention; where ``page`` names a file, with sparse attention, and writes
+    an HTML page with the block mask of each rewritten site. ``fg_inductor.report()`` and the counters stay as they are.
     """
     settings, _ = read_options(None, options)
-    rows = []
+    rows, pictures = [], {}
 
     def trace(gm, example_inputs):
         graph_id = str(torch._guards.CompileContext.current_compile_id())
-        # A copy, but for the weights: what runs is the graph as it was.
+        # A copy, but for the weights: what runs without a page is the graph as it was.
         weights = {id(x): x for x in (*gm.parameters(), *gm.buffers())}
-        rows.extend(rewrite(copy.deepcopy(gm, weights), settings, graph_id))
-        return gm.forward
+        rewritten = copy.deepcopy(gm, weights)
+        rows.extend(rewrite_graph(rewritten, settings, graph_id))
+        if page is None:
+            return gm.forward
+
+        def run(*inputs):
+            recorder = explain_page.Recorder(rewritten)
+            result = recorder.run(*inputs)
+            pictures.update({(graph_id, index): x for index, x in recorder.pictures.items()})
+            return result
+
+        return run
 
     def run():
         return model(*args, **kwargs)
@@ -96,7 +109,38 @@ def explain(model: Callable, *args, options: dict[str, Any] | None = None, **kwa
     # Dynamo caches, and counts towards its recompile limit, by code object: a fresh one leaves the model's own alone.
     run.__code__ = run.__code__.replace()
     torch.compile(run, backend=trace)()
-    return Report({(row.graph, row.site.path, row.site.index): row for row in rows}.values())
+    unique = {(row.graph, row.site.path, row.site.index): row for row in rows}.values()
+    report = Report(_with_density(row, pictures.get((row.graph, row.site.index))) for row in unique)
+    if page is not None:
+        explain_page.write(page, report, pictures, getattr(model, "__name__", type(model).__name__))
+    report.print()
+    return report
+
+
+def _with_density(row: Row, picture: explain_page.Picture | None) -> Row:
+    mean = None if picture is None else sum(picture.densities) / len(picture.densities)
+    return dataclasses.replace(row, density=mean)
+
+
+def rewrite(gm: GraphModule, options: dict[str, Any] | None = None) -> Report:
+    """Rewrite the attention of a graph in place, and say what became of each site: for ``torch.export``.
+
+        program = torch.export.export(model, args)
+        gm = program.module()
+        print(fg_inductor.rewrite(gm, {"fgattn.top_p": 0.9}))
+
+    ``torch.export`` knows no backends, so the graph is rewritten behind it; it can be run, compiled, or exported again.
+    Options of Inductor are refused: nothing is compiled here. Raises TypeError for anything but a GraphModule.
+    """
+    if not isinstance(gm, GraphModule):
+        hint = "pass program.module()" if isinstance(gm, torch.export.ExportedProgram) else "export or trace it first"
+        raise TypeError(f"fg_inductor.rewrite takes a torch.fx.GraphModule, got {type(gm).__name__}; {hint}.")
+    settings, patches = read_options(None, options)
+    if patches:
+        raise ValueError(f"fg_inductor.rewrite compiles nothing, so that {', '.join(patches)} would have no effect.")
+    rows = rewrite_graph(gm, settings, "exported")
+    _check_strict(rows, settings)
+    return Report(rows)
 
 
 # Options
@@ -146,7 +190,7 @@ def _suggest(name: Any, names: Iterable[str], otherwise: str) -> str:
 # The pass
 
 
-def rewrite(gm: GraphModule, settings: Settings, graph_id: str) -> list[Row]:
+def rewrite_graph(gm: GraphModule, settings: Settings, graph_id: str) -> list[Row]:
     """Rewrite the sites of a graph in place. An error of the pass is a reason to stay dense, unless ``strict``."""
     try:
         sites = sdpa.rewrite(gm, settings)

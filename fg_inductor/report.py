@@ -76,19 +76,50 @@ class Report(Sequence[Row]):
         """The number of sites that run sparse."""
         return sum(row.site.rewritten for row in self.rows)
 
+    @property
+    def headline(self) -> str:
+        return f"fgattn: {self.rewritten} of {len(self)} attention sites rewritten"
+
     def to_dict(self) -> dict[str, Any]:
         return {"rewritten": self.rewritten, "sites": [row.to_dict() for row in self.rows]}
 
     def to_json(self) -> str:
         return json.dumps(self.to_dict(), indent=2)
 
+    def print(self) -> None:
+        """Print the table: in colour and fitted to the terminal where ``rich`` is installed, else as plain text."""
+        try:
+            from rich.console import Console
+        except ImportError:
+            print(self)
+            return
+        Console().print(_rich_table(self) if self.rows else str(self))
+
     def __str__(self) -> str:
         if not self.rows:
             return "fgattn: no attention site has been compiled."
-        head = f"fgattn: {self.rewritten} of {len(self)} attention sites rewritten"
-        return f"{head}\n{tabulate([row.cells() for row in self.rows], COLUMNS, disable_numparse=True)}"
+        return f"{self.headline}\n{tabulate([row.cells() for row in self.rows], COLUMNS, disable_numparse=True)}"
 
     __repr__ = __str__
+
+
+def _rich_table(report: Report):
+    """The columns that differ from site to site, decisions in colour."""
+    from rich import box
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=report.headline, title_justify="left", box=box.SIMPLE_HEAD, pad_edge=False)
+    for name in ("site", "kind", "query", "decision", "density", "notes"):
+        table.add_column(name, overflow="fold", no_wrap=name not in ("site", "notes"))
+    for row in report:
+        cells = dict(zip(COLUMNS, row.cells(), strict=True))
+        cells["site"] = cells["site"] or f"#{row.site.index}"
+        if row.site.key != row.site.query:
+            cells["notes"] = f"key {row.site.key}; {cells['notes']}"
+        style = "green" if row.site.rewritten else "yellow" if row.site.video else "dim"
+        table.add_row(*(escape(cells[column.header]) for column in table.columns), style=style)
+    return table
 
 
 def summary(settings: Settings) -> str:

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import operator
 import re
+import weakref
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +19,9 @@ try:
 except ImportError:  # torch 2.11
     from torch.fx.experimental.symbolic_shapes import size_hint as optimization_hint
 
+# Calls that change how a tensor is stored, not what it says.
+CASTS = frozenset(("to", "type", "type_as", "float", "half", "bfloat16", "bool", "contiguous", "clone", "detach"))
+TRANSPOSES = frozenset(("transpose", "swapaxes", "swapdims", "permute", "t", "T", "mT", "getattr"))
 VALUE_KEYS = ("example_value", "val")  # Dynamo's name and export's
 
 
@@ -56,7 +60,8 @@ def value(node):
     """The fake value of a node, or None."""
     if not isinstance(node, Node):
         return None
-    return next((node.meta[key] for key in VALUE_KEYS if key in node.meta), None)
+    meta = node.meta
+    return meta["example_value"] if "example_value" in meta else meta.get("val")
 
 
 def name(node: Node) -> str:
@@ -64,7 +69,14 @@ def name(node: Node) -> str:
 
     "" for a node that calls nothing: Dynamo names inputs of child graphs after the calls that made them.
     """
-    target = node.target if node.op.startswith("call") else ""
+    op, target = node.op, node.target
+    if op == "call_method":
+        return target
+    return _target_name(target) if op == "call_function" or op == "call_module" else ""
+
+
+@functools.cache
+def _target_name(target) -> str:
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.rpartition("::")[2]
     return target if isinstance(target, str) else getattr(target, "__name__", str(target))
@@ -80,6 +92,40 @@ def argument(node: Node, position: int, *keywords: str, default=None):
     if len(node.args) > position:
         return node.args[position]
     return next((node.kwargs[key] for key in keywords if key in node.kwargs), default)
+
+
+def is_contiguous(x: Tensor) -> bool:
+    """Whether the elements provably lie in the order of their indices."""
+    return all(same(x.stride(dim), product(x.shape[dim + 1 :])) for dim in range(x.dim()))
+
+
+def is_viewed(node: Node) -> bool:
+    """Whether a view is taken that depends on the strides of a result, which a rewrite may change."""
+    return any(name(user) == "view" or (name(user) in CASTS and is_viewed(user)) for user in node.users)
+
+
+def permutation(node: Node) -> list[int] | None:
+    """Which dimension of its input each dimension of the result is, if ``node`` is a transpose or a permutation."""
+    method = name(node)
+    if method not in TRANSPOSES or not node.args or not isinstance(x := value(node.args[0]), Tensor):
+        return None
+    order, rank = list(range(x.dim())), x.dim()
+    if method == "permute":
+        dims = argument(node, 1, "dims")
+        dims = node.args[1:] if isinstance(dims, int) else dims
+        return [d % rank for d in dims]
+    if method == "getattr":  # torch before 2.14; since then x.mT calls mT
+        method = node.args[1]
+        if method not in ("T", "mT"):
+            return None
+    if method in ("t", "T", "mT"):
+        if rank < 2 or (rank > 2 and method != "mT"):
+            return None
+        swap = [rank - 2, rank - 1]
+    else:
+        swap = [argument(node, i, f"dim{i - 1}", f"axis{i - 1}") % rank for i in (1, 2)]
+    order[swap[0]], order[swap[1]] = order[swap[1]], order[swap[0]]
+    return order
 
 
 def module_path(node: Node) -> str:
@@ -99,8 +145,9 @@ def module_path(node: Node) -> str:
 
 
 def fake_mode(node: Node):
-    """The fake mode of the values of a node's inputs. Dynamo gives backends another one: not to be mixed."""
-    fakes = (value(n) for n in node.all_input_nodes)
+    """The fake mode of the values of a node and its inputs. Dynamo gives backends another one: not to be mixed."""
+    values = (value(n) for n in (*node.all_input_nodes, node))
+    fakes = (x for item in values for x in (item if isinstance(item, (tuple, list)) else (item,)))
     return next((fake.fake_mode for fake in fakes if isinstance(fake, FakeTensor)), None)
 
 
@@ -118,9 +165,60 @@ def call(graph: Graph, target, args: tuple, origin: Node, cast: torch.dtype | No
         return x.to(cast) if cast and isinstance(x, Tensor) and x.is_floating_point() else x
 
     key = next((key for key in VALUE_KEYS if key in origin.meta), VALUE_KEYS[0])
-    with fake_mode(origin) or contextlib.nullcontext():
-        node.meta[key] = target(*map_arg(args, fake), **map_arg(kwargs, fake))
+    values, named = map_arg(args, value), map_arg(kwargs, value)
+    if target is operator.getitem and isinstance(values[0], tuple):
+        node.meta[key] = values[0][values[1]]
+        return node
+    mode = fake_mode(origin)
+    results = _results.setdefault(mode, {}) if mode else {}
+    signature = _signature(target, values, named, cast)
+    if signature not in results:
+        with mode or contextlib.nullcontext():
+            result = target(*map_arg(args, fake), **map_arg(kwargs, fake))
+        if signature is None:
+            node.meta[key] = result
+            return node
+        results[signature] = result
+    node.meta[key] = results[signature]
     return node
+
+
+# fake mode -> call of one of our operators -> its result. All layers of a model make the same call, and running a fake
+# takes longer than all else that the pass does for a site.
+_results: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
+
+
+def _signature(target, args: tuple, kwargs: dict, cast) -> tuple | None:
+    """What the result of a call depends on; None for other operators than ours, and where sizes are symbolic."""
+    if getattr(target, "namespace", "") != "fgattn" or kwargs:
+        return None
+    parts = []
+    for x in args:
+        if isinstance(x, Tensor):
+            if not all(type(size) is int for size in (*x.shape, *x.stride())):
+                return None
+            parts.append((x.shape, x.stride(), x.dtype, x.device, x.requires_grad, torch.is_grad_enabled()))
+        elif isinstance(x, (tuple, list)):
+            parts.append(tuple(x))
+        else:
+            parts.append(x)
+    if any(isinstance(x, torch.SymInt) for part in parts for x in (part if isinstance(part, tuple) else (part,))):
+        return None
+    return target, cast, *((type(part), part) for part in parts)
+
+
+def repeat_call(graph: Graph, node: Node, inputs: dict[Node, Node], origin: Node) -> Node:
+    """Insert the call that ``node`` makes, with other inputs."""
+    args, kwargs = (map_arg(x, lambda n: inputs.get(n, n)) for x in (node.args, node.kwargs))
+    if node.op == "call_function":
+        return call(graph, node.target, args, origin, **kwargs)
+    new = graph.call_method(node.target, args, kwargs)
+    new.meta = {key: x for key, x in origin.meta.items() if key in ("nn_module_stack", "stack_trace", "custom")}
+    key = next((key for key in VALUE_KEYS if key in origin.meta), VALUE_KEYS[0])
+    with fake_mode(origin) or contextlib.nullcontext():
+        tensor, *rest = map_arg(args, value)
+        new.meta[key] = getattr(tensor, node.target)(*rest, **map_arg(kwargs, value))
+    return new
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,11 @@ segments although the concatenation lies above the projection, or many layers ab
 from torch import Tensor
 from torch.fx import Node
 
-from fg_inductor.passes.graph import Extent, argument, name, names, product, same, value
+from fg_inductor.passes.graph import Extent, argument, name, names, permutation, product, same, value
 from fg_inductor.passes.program import Program
 
 RESHAPES = names("view reshape flatten unflatten _unsafe_view squeeze unsqueeze view_as")
+STARTS = RESHAPES | names("cat concat")  # what marks a dimension, or folds one
 NEW_DIMENSIONS = names("stack expand repeat unsqueeze")
 # Operators after which tokens stand elsewhere, or not all of them are left.
 REORDERS = names("index_select gather take_along_dim index_copy index_put scatter flip roll sort argsort index narrow")
@@ -22,10 +23,14 @@ class Layout:
 
     def __init__(self, program: Program):
         self._marks: dict[Node, dict[int, tuple[Extent, ...]]] = {}
-        self._folded: set[Node] = set()
+        self._folded: dict[Node, set[int]] = {}  # dimensions that count frames or positions beside the batch
+        marks, folded = self._marks, self._folded
         for node in program.nodes:
-            if _tensor(node) is not None:
-                self._visit(node, [x for x in program.inputs(node) if _tensor(x) is not None])
+            # Most nodes have no marks and make none; their shapes are not looked at.
+            inputs = [x for x in program.inputs(node) if x in marks or x in folded]
+            if (inputs or name(node) in STARTS) and _tensor(node) is not None:
+                inputs = program.inputs(node) if name(node) in RESHAPES else inputs
+                self._visit(node, [x for x in inputs if _tensor(x) is not None])
 
     def segments(self, node: Node, dim: int) -> tuple[Extent, ...]:
         """The segments of a dimension in order; empty if it was not concatenated, or nothing is known of it."""
@@ -33,7 +38,7 @@ class Layout:
 
     def is_folded(self, node: Node) -> bool:
         """Whether the batch dimension counts frames or positions, by a reshape upstream: factorised attention."""
-        return node in self._folded
+        return 0 in self._folded.get(node, ())
 
     def _visit(self, node: Node, inputs: list[Node]) -> None:
         marks = _concatenated(node) if name(node) in ("cat", "concat") else {}
@@ -44,19 +49,23 @@ class Layout:
                     marks.setdefault(target, segments)
         if marks:
             self._marks[node] = marks
-        if any(self._folds(source, node) for source in inputs):
-            self._folded.add(node)
+        starts = name(node) in RESHAPES
+        folded = {dim for x in inputs if starts or x in self._folded for dim in self._folds(x, node)}
+        if folded:
+            self._folded[node] = folded
 
-    def _folds(self, source: Node, node: Node) -> bool:
+    def _folds(self, source: Node, node: Node) -> set[int]:
+        """The dimensions of ``node`` that are folded, as its input ``source`` has it."""
         x, y = _tensor(source).shape, _tensor(node).shape
         if not x or not y:
-            return False
+            return set()
+        before = self._folded.get(source, ())
+        folded = {_carried(source, dim, node) for dim in before} - {None}
         if same(x[0], y[0]):
-            return source in self._folded
-        if name(node) not in RESHAPES or _adds_dimension(source):
-            return False
+            return folded | ({0} if 0 in before else set())
         # A reshape keeps the order of elements: a multiple of the batch counts something that came after it.
-        return not same(x[0], 0) and same(y[0] % x[0], 0)
+        multiple = name(node) in RESHAPES and not _adds_dimension(source) and not same(x[0], 0)
+        return folded | {0} if multiple and same(y[0] % x[0], 0) else folded
 
 
 def _adds_dimension(node: Node) -> bool:
@@ -93,13 +102,8 @@ def _carried(source: Node, dim: int, node: Node) -> int | None:
 
 def _moved(source: Node, dim: int, node: Node, x, y) -> int | None:
     method, rank = name(node), len(x)
-    if method in ("transpose", "swapaxes"):
-        swap = [argument(node, i, f"dim{i - 1}", f"axis{i - 1}") % rank for i in (1, 2)]
-        return swap[1 - swap.index(dim)] if dim in swap else dim
-    if method == "permute":
-        order = argument(node, 1, "dims")
-        order = node.args[1:] if isinstance(order, int) else order
-        return [d % rank for d in order].index(dim)
+    if (order := permutation(node)) is not None:
+        return order.index(dim)
     if method in ("unbind", "select"):
         removed = argument(node, 1, "dim", default=0) % rank
         return None if removed == dim else dim - (removed < dim)

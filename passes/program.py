@@ -1,5 +1,6 @@
 """A graph with its child graphs as one program: execution order, and the data flow across their borders."""
 
+import functools
 import operator
 import re
 from collections import defaultdict
@@ -16,6 +17,12 @@ VIEWS = names(
     "getitem view reshape transpose permute unsqueeze squeeze flatten unflatten select narrow expand chunk split "
     "split_with_sizes unbind view_as t swapaxes movedim"
 )
+# ``x += y`` and its like, and ``x[i] = y``.
+IN_PLACE = frozenset((
+    operator.setitem, operator.iadd, operator.isub, operator.imul, operator.imatmul, operator.itruediv,
+    operator.ifloordiv, operator.imod, operator.ipow, operator.ilshift, operator.irshift, operator.iand, operator.ior,
+    operator.ixor,
+))  # fmt: skip
 ALLOCATIONS = names("empty_like zeros_like ones_like full_like empty zeros new_empty new_zeros")
 
 
@@ -34,18 +41,35 @@ class Program:
         self._writes: dict[Node, list[Node]] = defaultdict(list)  # tensor -> what is stored into it or a view of it
         self._border: dict[Node, list[Node]] = {}  # inputs of a node where they lie in another graph
         self._results: dict[Node, list] = {}  # call of a child graph -> its results
+        self._inputs: dict[Node, list[Node]] = {}  # what ``inputs`` found, once all writes are known
+        self._complete = False
         self._enter(gm)
+        self._complete = True
+        self.projections: dict[Node, list[Node]] = {}  # what ``provenance.projections`` found
 
     def inputs(self, node: Node) -> list[Node]:
         """Nodes whose values ``node`` is computed from, values stored into it included."""
-        stored = self._writes.get(node, [])
-        if name(node) in ALLOCATIONS and (stored or name(node) != "empty_like"):
-            return stored
-        return self._border.get(node, node.all_input_nodes) + stored
+        found = self._inputs.get(node)
+        if found is None:
+            found = self._border.get(node)
+            stored = self._writes.get(node, ())
+            if found is None:
+                found = node.all_input_nodes
+            if name(node) in ALLOCATIONS and (stored or name(node) != "empty_like"):
+                found = stored
+            elif stored:
+                found = found + stored
+            if self._complete:
+                self._inputs[node] = found
+        return found
 
     def activations(self, node: Node) -> list[Node]:
         """The inputs that are tensors and depend on the input of the graph: no weights, constants, sizes."""
         return [x for x in self.inputs(node) if x in self._data]
+
+    def is_data(self, node: Node) -> bool:
+        """Whether it is a tensor that depends on the input of the graph."""
+        return node in self._data
 
     def is_written(self, node: Node) -> bool:
         """Whether something is stored into the tensor, or into a view of it, after it was made."""
@@ -60,7 +84,7 @@ class Program:
         for node in module.graph.nodes:
             if node.op == "output":
                 continue
-            children = [x for x in node.all_input_nodes if _child(module, x)]
+            children = [x for x in node.all_input_nodes if x.op == "get_attr" and _child(module, x)]
             for x in children:
                 self._enter_child(_child(module, x), node, children)
             self._note(node)
@@ -86,23 +110,50 @@ class Program:
         if name(node) == "getitem" and node.args[0] in self._results:
             result = self._results[node.args[0]][node.args[1]]
             self._border[node] = [result] if isinstance(result, Node) else []
-        in_place = node.op == "call_method" and node.target.endswith("_") and not node.target.endswith("__")
-        if node.target is operator.setitem or in_place:
-            base = node.args[0]
+        for target in written(node):
+            base = target
             while name(base) in VIEWS and isinstance(source := argument(base, 0, "input"), Node):
                 base = source
-            self._writes[base] += [n for n in node.all_input_nodes if n is not node.args[0]]
+            self._writes[base] += [n for n in node.all_input_nodes if n is not target]
             self._mark(base)
         self._mark(node)
 
     def _mark(self, node: Node) -> None:
         inputs = self.inputs(node)
-        is_input = node.op == "placeholder" and node not in self._border
-        if _is_weight(node) or (inputs and all(x in self._weights for x in inputs)):
+        if (inputs and self._weights.issuperset(inputs)) or _is_weight(node):
             self._weights.add(node)
-        elif _holds_tensors(value(node)) and (is_input or any(x in self._data for x in inputs)):
+            return
+        is_input = node.op == "placeholder" and node not in self._border
+        if (is_input or not self._data.isdisjoint(inputs)) and _holds_tensors(value(node)):
             self._weights.discard(node)
             self._data.add(node)
+
+
+def written(node: Node) -> list[Node]:
+    """The tensors that a call writes into: ``x[i] = y``, ``x += y``, ``x.add_(y)``, ``add(x, y, out=z)``, ..."""
+    if not node.op.startswith("call"):
+        return []
+    kwargs, places = node.kwargs, _written_places(node.target)
+    if not kwargs and not places:
+        return []
+    targets = [kwargs.get("out"), *(argument(node, place, keyword) for place, keyword in places)]
+    if kwargs.get("inplace") is True and node.args:
+        targets.append(node.args[0])
+    flat = [x for target in targets for x in (target if isinstance(target, (tuple, list)) else [target])]
+    return [x for x in flat if isinstance(x, Node) and (value(x) is None or _holds_tensors(value(x)))]
+
+
+@functools.cache
+def _written_places(target) -> tuple[tuple[int, str], ...]:
+    """(position, keyword) of the arguments that a function or method always writes into."""
+    if isinstance(target, torch._ops.OpOverload):
+        return tuple((i, x.name) for i, x in enumerate(target._schema.arguments) if x.is_write)
+    if target in IN_PLACE:
+        return ((0, "input"),)
+    method = target if isinstance(target, str) else getattr(target, "__name__", "")
+    of_operator = getattr(target, "__module__", "") == "_operator"  # and_, or_, not_
+    in_place = method.endswith("_") and not method.endswith("__") and not of_operator
+    return ((0, "input"),) if in_place else ()
 
 
 def _child(module: GraphModule, node: Node) -> GraphModule | None:

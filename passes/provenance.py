@@ -49,6 +49,12 @@ def _is_opaque(node: Node) -> bool:
 
 def projections(program: Program, node: Node) -> list[Node]:
     """The projections that ``node`` is computed from, without crossing one: through norms, RoPE, reshapes, cats."""
+    if node not in program.projections:
+        program.projections[node] = _projections(program, node)
+    return program.projections[node]
+
+
+def _projections(program: Program, node: Node) -> list[Node]:
     found, seen, stack = [], {node}, [node]
     while stack:
         x = stack.pop()

@@ -62,13 +62,18 @@ class Refusal:
     video: bool = False
 
 
-def refusal(call: Call, kind: str, program: Program, layout: Layout, settings) -> Refusal | None:
-    """None if the site can be rewritten, else the first of the reasons not to."""
+def refusal(
+    call: Call, kind: str, program: Program, layout: Layout, settings, written: tuple[str, str] | None = None
+) -> Refusal | None:
+    """None if the site can be rewritten, else the first of the reasons not to.
+
+    ``written``: the reason and detail that lie in how attention was written, where it was not as SDPA.
+    """
     if settings.mask == "dense":
         return Refusal("fgattn.mask is 'dense'")
     if found := _not_video(call, kind, program, layout, settings):
         return Refusal(*found)
-    if found := _unsupported(call, kind, program):
+    if found := written or _unsupported(call, kind, program, layout):
         return Refusal(*found, video=not known(call.tensors[0].shape[1] == 1))  # one head: a VAE
     return None
 
@@ -91,10 +96,12 @@ def _not_video(call: Call, kind: str, program: Program, layout: Layout, settings
         return "shorter than min_seq", f"{q.shape[2]} queries, {k.shape[2]} keys, fgattn.min_seq={settings.min_seq}"
     if kind == "unknown" and not same(q.shape[2], k.shape[2]):
         return "no projection in the graph", "self and cross attention can't be told apart by different lengths"
+    if kind == "unknown" and not all(program.is_data(x) for x in (call.query, call.key)):
+        return "cross attention", "queries or keys are parameters"
     return None
 
 
-def _unsupported(call: Call, kind: str, program: Program) -> tuple[str, ...] | None:
+def _unsupported(call: Call, kind: str, program: Program, layout: Layout) -> tuple[str, ...] | None:
     q, k, v = call.tensors
     if _context_parallel():
         return "context parallel", "ring attention needs the dense operator"
@@ -105,6 +112,8 @@ def _unsupported(call: Call, kind: str, program: Program) -> tuple[str, ...] | N
             return "tensor subclass", type(x).__name__
     if _in_autograd_function(call.node, program):
         return "inside an autograd.Function", "its backward is written for dense attention"
+    if not same(q.shape[2], k.shape[2]) and any(not program.is_data(x.node) for x in layout.segments(call.key, 2)):
+        return "learned keys", "beside those of the tokens"
     if kind == "unknown" and call.attn_mask is not None:
         return "no projection in the graph", "and there is a mask"
     if isinstance(call.dropout_p, Node) or call.dropout_p > 0:

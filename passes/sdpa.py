@@ -7,19 +7,32 @@ device kernel with its backward. ``sdpa_kernel(...)`` chooses among dense kernel
 import logging
 import operator
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.fx import Graph, GraphModule, Node
 
 from fg_inductor.kernels import ops
-from fg_inductor.passes import key_mask, provenance, segments, selector
-from fg_inductor.passes.graph import Extent, add, call, known, module_path, name, product, same, shape_text, value
-from fg_inductor.passes.key_mask import CASTS
+from fg_inductor.passes import key_mask, other_forms, provenance, segments, selector
+from fg_inductor.passes.graph import (
+    Extent,
+    add,
+    call,
+    is_contiguous,
+    is_viewed,
+    known,
+    module_path,
+    product,
+    same,
+    shape_text,
+    value,
+)
 from fg_inductor.passes.layout import Layout
 from fg_inductor.passes.program import Program
-from fg_inductor.passes.refusal import Call, refusal
+from fg_inductor.passes.refusal import Call, Refusal, refusal
 from fg_inductor.passes.site import Site
+from fg_inductor.passes.stand_in import StandIn, Unknown
 from fg_inductor.passes.token_grid import TokenGrid
 
 log = logging.getLogger(__name__)
@@ -35,20 +48,28 @@ SDPA = (
 def rewrite(gm: GraphModule, settings) -> list[Site]:
     """Rewrite the sites of ``gm`` and of its child graphs in place.
 
-    One Site for each call of SDPA, in execution order; sites rewritten by an earlier call are counted in ``index`` and
-    not listed. Where the pass itself fails, the site is left as it was; under ``settings.strict`` the error is raised.
+    One Site for each call of SDPA and each attention written otherwise, in execution order (last what looks like
+    attention and can't be made out); sites rewritten by an earlier call are counted in ``index`` and not listed. Where
+    the pass itself fails, the site is left as it was; under ``settings.strict`` the error is raised.
     """
-    program = Program(gm)
-    calls = [n for n in program.nodes if n.op == "call_function" and n.target in (*SDPA, ops.attention)]
-    if not any(n.target in SDPA for n in calls):
-        return []
-    rewriter = _Rewriter(settings, program, Layout(program), TokenGrid(program))
+    inserted, unknown = other_forms.insert(gm)
+    stand_ins = {x.sdpa: x for x in inserted}
+    rewriter = None
     try:
-        return [rewriter.visit(node, index) for index, node in enumerate(calls) if node.target in SDPA]
+        program = Program(gm)
+        aside = {x.original for x in inserted}  # SDPA in a form of its own, beside its stand-in
+        calls = [n for n in program.nodes if n.op == "call_function" and n.target in (*SDPA, ops.attention)]
+        calls = [n for n in calls if n not in aside]
+        rest = [_left(x, len(calls) + i) for i, x in enumerate(unknown)]
+        if not any(n.target in SDPA for n in calls):
+            return rest
+        rewriter = _Rewriter(settings, program, Layout(program), TokenGrid(program), stand_ins)
+        return [rewriter.visit(node, index) for index, node in enumerate(calls) if node.target in SDPA] + rest
     finally:
+        for stand_in in stand_ins.values():  # those of the sites that stay dense
+            stand_in.take_out()
         for module in gm.modules():
-            if isinstance(module, GraphModule) and module.graph in rewriter.touched:
-                module.graph.lint()
+            if isinstance(module, GraphModule) and rewriter and module.graph in rewriter.touched:
                 module.recompile()
 
 
@@ -58,8 +79,10 @@ class _Rewriter:
     program: Program
     layout: Layout
     grids: TokenGrid
+    stand_ins: dict[Node, StandIn]
     touched: set[Graph] = field(default_factory=set)
     orders: dict[tuple, Node] = field(default_factory=dict)  # where it is used and of what -> query order
+    masks: dict[Any, tuple[Node | None, Node | None]] = field(default_factory=dict)  # likewise -> key bias, queries
 
     def visit(self, node: Node, index: int) -> Site:
         """Decide on one site and rewrite it."""
@@ -68,14 +91,18 @@ class _Rewriter:
         try:
             attention = Call.of(node)
             row["kind"] = provenance.kind_of(self.program, attention.query, attention.key)
-            refused = refusal(attention, row["kind"], self.program, self.layout, self.settings)
+            stand_in = self.stand_ins.get(node)
+            written = stand_in and stand_in.refused
+            refused = refusal(attention, row["kind"], self.program, self.layout, self.settings, written)
             if refused:
-                return Site(**row, decision="dense", reason=refused.reason, detail=refused.detail, video=refused.video)
+                return _left_dense(row, refused, stand_in)
             min_seq, details = self._replace(attention, index)
+            if stand_in:
+                details["written as"] = stand_in.form
+                self.stand_ins.pop(node).keep()
         except selector.Refused as error:
             self._undo(node, last)
-            refused = error.refusal
-            return Site(**row, decision="dense", reason=refused.reason, detail=refused.detail, video=refused.video)
+            return _left_dense(row, error.refusal, stand_in)
         except Exception as error:
             self._undo(node, last)
             if self.settings.strict:
@@ -95,9 +122,9 @@ class _Rewriter:
         of_queries, of_keys = self._segments(q, k)
         details = {"text": text} if (text := segments.ranges_text(of_keys)) else {}
         with graph.inserting_before(node):
-            bias = None
+            bias = valid_queries = None
             if attention.attn_mask is not None:
-                bias = key_mask.key_bias(graph, attention.attn_mask, q, k, node)
+                bias, valid_queries = self._masks(attention, graph)
                 details["key_mask"] = shape_text(value(attention.attn_mask))
             dense_keys, dense_queries = (segments.text_ranges(graph, x, node) for x in (of_keys, of_queries))
             order = self._order(q, of_queries, node, details)
@@ -108,7 +135,10 @@ class _Rewriter:
             attention_args = (q, k, v, mask, bias, order, *shape, settings.tail, min_seq, settings.kernel)
             result = call(graph, ops.attention, attention_args, node, cast)
             out = call(graph, operator.getitem, (result, 0), node)
-            if _is_contiguous(value(node)) and _is_viewed(node):
+            if valid_queries is not None:
+                rows = call(graph, operator.getitem, (valid_queries, (slice(None), None, slice(None), None)), node)
+                out = call(graph, torch.ops.aten.where.ScalarOther, (rows, out, 0.0), node)
+            if is_contiguous(value(node)) and is_viewed(node):
                 clone = torch.ops.aten.clone.default
                 out = call(graph, clone, (out,), node, memory_format=torch.contiguous_format)
         result.meta["fgattn_site"] = index
@@ -117,6 +147,15 @@ class _Rewriter:
         self.touched.add(graph)
         return min_seq, details
 
+    def _masks(self, attention: Call, graph: Graph) -> tuple[Node, Node | None]:
+        """The reduced mask: once for all sites of a graph that share it."""
+        mask, sizes = attention.attn_mask, (*value(attention.query).shape, *value(attention.key).shape)
+        shared = not self.program.is_written(mask) and all(isinstance(size, int) for size in sizes)
+        key = (graph, mask, *sizes) if shared else attention.node
+        if key not in self.masks:
+            self.masks[key] = key_mask.reduce(graph, self.program, mask, attention.query, attention.key, attention.node)
+        return self.masks[key]
+
     def _undo(self, node: Node, last: Node) -> None:
         """Take out the nodes that were added between ``last`` and ``node``."""
         added = set()
@@ -124,6 +163,7 @@ class _Rewriter:
             added.add(node.prev)
             node.graph.erase_node(node.prev)
         self.orders = {key: order for key, order in self.orders.items() if order not in added}
+        self.masks = {key: nodes for key, nodes in self.masks.items() if added.isdisjoint(nodes)}
 
     def _segments(self, q: Node, k: Node) -> tuple[segments.Segments, segments.Segments]:
         """The segments of the queries and of the keys; those of one hold for both where they are as many."""
@@ -166,13 +206,16 @@ class _Rewriter:
         return self.orders[key]
 
 
-def _is_contiguous(x: Tensor) -> bool:
-    return all(same(x.stride(dim), product(x.shape[dim + 1 :])) for dim in range(x.dim()))
+def _left(found: Unknown, index: int) -> Site:
+    """The row of attention that the pass could not make out."""
+    row = {"path": module_path(found.node), "index": index, "kind": "unknown", "query": "", "key": "", "dtype": ""}
+    return Site(**row, decision="dense", reason=found.reason, detail=found.detail)
 
 
-def _is_viewed(node: Node) -> bool:
-    """Whether a view is taken that depends on the strides of a site's result, which the rewrite may change."""
-    return any(name(user) == "view" or (name(user) in CASTS and _is_viewed(user)) for user in node.users)
+def _left_dense(row: dict, refused: Refusal, stand_in: StandIn | None) -> Site:
+    how = {"written as": stand_in.form} if stand_in else {}
+    reasons = {"reason": refused.reason, "detail": refused.detail, "video": refused.video}
+    return Site(**row, decision="dense", **reasons, details=how)
 
 
 def _describe(node: Node, index: int) -> dict:

@@ -22,8 +22,8 @@ class Site:
     detail    the numbers behind the reason, in words; may be empty
     video     whether it looks like attention over a video that is long enough, so that leaving it dense is a limitation
               of this package; ``fgattn.strict`` raises for such a site
-    details   what the rewrite found: "text" ([start, end) of the tokens that stay dense, as text), "token_grid",
-              "order", "key_mask"; absent keys were not found
+    details   what the pass found: "text" ([start, end) of the tokens that stay dense, as text), "token_grid", "order",
+              "key_mask", "written as" (of attention that is not written as SDPA: how); absent keys were not found
     """
 
     path: str

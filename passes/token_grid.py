@@ -19,7 +19,8 @@ class TokenGrid:
 
     def __init__(self, program: Program):
         self._places = {node: place for place, node in enumerate(program.nodes)}
-        tensors = [n for n in program.nodes if isinstance(value(n), Tensor) and value(n).dim() >= 4]
+        named = [n for n in program.nodes if name(n) == "conv3d" or name(n) in SHAPED]
+        tensors = [n for n in named if isinstance(value(n), Tensor) and value(n).dim() >= 4]
         self._patches = [n for n in tensors if name(n) == "conv3d"]
         shapes = (tuple(value(n).shape) for n in tensors if name(n) in SHAPED)
         self._shapes = {shape for shape in shapes if all(isinstance(size, int) for size in shape)}

@@ -50,6 +50,36 @@ def float_after_repeat(valid):
     return ((1 - mask.to(torch.float64)) * -10000.0).to(mask.dtype)
 
 
+def outer_product(valid):
+    return valid[:, None, None] & valid[:, None, :, None]
+
+
+def outer_product_as_in_hunyuan_video(valid):
+    """HunyuanVideo-1.5: repeated to [B, 1, N, N], and with its transpose."""
+    batch, length = valid.shape
+    rows = valid.view(batch, 1, 1, length).repeat(1, 1, length, 1)
+    return (rows & rows.transpose(2, 3)).bool()
+
+
+def outer_product_of_matrices(valid):
+    mask = torch.logical_and(valid.unsqueeze(-1), valid.unsqueeze(-2))
+    return mask[:, None].expand(-1, HEADS, -1, -1).contiguous()
+
+
+def outer_product_of_two_masks(valid):
+    """Rows and columns are valid for different reasons; one of them is the product of two."""
+    keys, queries = valid & (torch.arange(valid.shape[1]) != 3), valid | (torch.arange(valid.shape[1]) % 7 == 0)
+    return (keys[:, None, None] & queries[:, None, :, None]) & keys[:1, None, None].repeat(1, HEADS, 1, 1)
+
+
+def negated_twice(valid):
+    return torch.logical_not(~outer_product(valid))
+
+
+def valid_queries(valid):
+    return valid[:, None, :, None].expand(-1, -1, -1, valid.shape[1])
+
+
 # Reduced to [B, S] or an expand of [1, S].
 REDUCED = {
     "bool": lambda valid: valid[:, None, None],
@@ -66,6 +96,12 @@ REDUCED = {
     "repeated as in diffusers": repeated_as_in_diffusers,
     "arithmetic after the repeat": float_after_repeat,
     "sum of lengths": sum_of_lengths,
+    "permuted": lambda valid: valid.t().contiguous().permute(1, 0)[:, None, None],
+    "outer product": outer_product,
+    "outer product as in HunyuanVideo-1.5": outer_product_as_in_hunyuan_video,
+    "outer product of matrices": outer_product_of_matrices,
+    "outer product of two masks": outer_product_of_two_masks,
+    "negated twice": negated_twice,
 }
 
 
@@ -87,10 +123,6 @@ def rows_differ(valid):
     return valid[:, None, None] & (torch.arange(LENGTH)[:, None] >= torch.arange(LENGTH))
 
 
-def outer_product(valid):
-    return valid[:, None, None] & valid[:, None, :, None]
-
-
 def heads_differ(valid):
     return bias(valid)[:, None, None] * torch.arange(1, HEADS + 1)[:, None, None]
 
@@ -101,6 +133,33 @@ def one_row_written(valid):
     return mask
 
 
+def one_row_written_through_an_alias(valid):
+    mask = bias(valid)[:, None, None].repeat(1, HEADS, 1, 1)
+    alias = mask
+    alias *= torch.arange(1, HEADS + 1)[:, None, None]
+    return mask
+
+
+def a_column_of_the_outer_product_written(valid):
+    """As the text refiner of HunyuanVideo: the first key is never masked."""
+    mask = outer_product_as_in_hunyuan_video(valid)
+    mask[:, :, :, 0] = True
+    return mask
+
+
+def added_outer_product(valid):
+    """The rows of masked queries attend to all keys alike: no mask of keys."""
+    return torch.where(outer_product(valid), 0.0, -10000.0)
+
+
+def alternatives(valid):
+    return valid[:, None, None] | valid[:, None, :, None]
+
+
+def not_the_outer_product(valid):
+    return ~outer_product(valid)
+
+
 def swapped_repeat(valid):
     """Heads outermost in the repeat: the view mixes batch and heads."""
     return bias(valid).repeat(HEADS, 1).view(valid.shape[0], HEADS, 1, valid.shape[1])
@@ -108,13 +167,44 @@ def swapped_repeat(valid):
 
 REFUSED = {
     "rows differ": rows_differ,
-    "outer product": outer_product,
     "heads differ": heads_differ,
     "one head written in place": one_row_written,
+    "written through an alias": one_row_written_through_an_alias,
+    "a column written": a_column_of_the_outer_product_written,
+    "outer product, added": added_outer_product,
+    "keys or queries": alternatives,
+    "not the outer product": not_the_outer_product,
     "repeat in another order": swapped_repeat,
     "relative positions": lambda valid: torch.rand(1, HEADS, LENGTH, LENGTH),
     "gathered": lambda valid: bias(valid)[:, None, None].expand(-1, HEADS, -1, -1)[torch.arange(3), :],
 }
+
+
+@pytest.mark.parametrize(
+    "make",
+    [outer_product, outer_product_as_in_hunyuan_video, outer_product_of_matrices, float_after_repeat],
+    ids=lambda make: make.__name__,
+)
+def test_no_mask_of_queries_by_keys_is_built(make):
+    """What attention reads has at most B * S elements, from the input of the graph on."""
+    model, (x, valid) = Masked(make), inputs()
+    done = run_pass(model, (x, valid), density=1.0)
+    (arguments,) = done.attention()
+    seen, stack = set(), [arguments["key_bias"]]
+    while stack:
+        node = stack.pop()
+        seen.add(node)
+        assert value(node) is None or value(node).numel() <= valid.numel()
+        stack += (y for y in node.all_input_nodes if y not in seen)
+    assert len(seen) > 1
+
+
+def test_masked_queries_give_zero():
+    model = Masked(outer_product_as_in_hunyuan_video)
+    x, valid = inputs()
+    done = run_pass(model, (x, valid), density=0.5)
+    assert done.sites[0].rewritten
+    assert torch.equal(done.result[~valid], torch.zeros_like(done.result[~valid])) and done.result[valid].all()
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -135,7 +225,10 @@ def test_a_learned_mask_is_refused():
     assert site.reason == "mask needs gradients"  # the value says so, whatever the mode
 
 
-@pytest.mark.parametrize("name", ["bool", "one batch", "repeated over heads", "repeated as in diffusers"])
+@pytest.mark.parametrize(
+    "name",
+    ["bool", "one batch", "repeated over heads", "repeated as in diffusers", "outer product as in HunyuanVideo-1.5"],
+)
 def test_symbolic_sizes(name):
     """No guard (PassBackend checks), and the bias is right for another batch and length."""
     model, done = Masked(REDUCED[name]), None

@@ -108,6 +108,11 @@ def unbound_behind_the_tokens(blocks, x, text):
     return tokens(SDPA(*(z.transpose(1, 2) for z in (q, k, v))))
 
 
+def transposed_and_back(blocks, x, text):
+    y = torch.cat([text, x], 1).mT.contiguous().swapdims(1, 2)
+    return blocks[0](y)
+
+
 def three_segments(blocks, x, text):
     """Two texts on one side are one range; the third is its own."""
     return blocks[0](torch.cat([text, text[:, :3], x, text[:, :2]], 1))
@@ -158,6 +163,7 @@ SEGMENTS = {
     written_in_place: ([0, TEXT],) * 2,
     through_reshapes: ([0, TEXT],) * 2,
     unbound_behind_the_tokens: ([0, TEXT],) * 2,
+    transposed_and_back: ([0, TEXT],) * 2,
     three_segments: ([0, 10, 58, 60],) * 2,
     text_of_no_tokens: ([],) * 2,
     reference_video: ([0, TEXT],) * 2,
@@ -228,6 +234,14 @@ def folded_after_the_projection(blocks, x, text):
     return tokens(SDPA(q, k, v))
 
 
+def folded_before_a_fused_projection(blocks, x, text):
+    """As timm and TimeSformer: the batch is the second dimension for a while."""
+    y = x.reshape(-1, 16, WIDTH)
+    weights = torch.cat([blocks[0].q.weight, blocks[0].k.weight, blocks[0].v.weight])
+    qkv = F.linear(y, weights).reshape(y.shape[0], 16, 3, HEADS, -1).permute(2, 0, 3, 1, 4)
+    return tokens(SDPA(qkv[0], qkv[1], qkv[2]))
+
+
 def folded_layers_above(blocks, x, text):
     y = x.reshape(-1, 16, WIDTH)
     for block in blocks:
@@ -274,7 +288,15 @@ def sequence_first(blocks, x, text):
     return tokens(SDPA(q, k, v))
 
 
-FOLDED = [spatial, temporal, spatial_of_one_video, folded_after_the_projection, folded_layers_above, windows]
+FOLDED = [
+    spatial,
+    temporal,
+    spatial_of_one_video,
+    folded_after_the_projection,
+    folded_before_a_fused_projection,
+    folded_layers_above,
+    windows,
+]
 WHOLE = [
     unfolded_again,
     guidance_stacked,

@@ -1,6 +1,7 @@
 """The command line."""
 
 import json
+import sys
 
 import pytest
 
@@ -41,4 +42,55 @@ def test_each_benchmark_explains_itself(name, capsys):
 def test_refuses(arguments, message, capsys):
     with pytest.raises(SystemExit):
         main(arguments)
+    assert message in capsys.readouterr().err
+
+
+SCRIPT = """
+import torch
+from fg_inductor.toy_models import Stack, tokens
+
+def positional():
+    return Stack(2), (tokens(),)
+
+def by_name():
+    return Stack(1), {"x": tokens()}
+
+def nothing():
+    return Stack(1)
+"""
+SHORT = ["--option", "fgattn.min_seq=1", "--option", "fgattn.slice=16x8", "--option", "fgattn.density=0.5"]
+
+
+@pytest.fixture
+def script(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    path = tmp_path / "script.py"
+    path.write_text(SCRIPT)
+    return path
+
+
+@pytest.mark.parametrize(("function", "sites"), [("positional", 2), ("by_name", 1)])
+def test_explain(function, sites, script, tmp_path, capsys):
+    page, data = tmp_path / "page.html", tmp_path / "report.json"
+    main(["explain", f"{script}:{function}", "--html", str(page), "--json", str(data), *SHORT])
+    assert f"{sites} of {sites} attention sites rewritten" in capsys.readouterr().out
+    report = json.loads(data.read_text())
+    assert [site["density"] for site in report["sites"]] == [0.5] * sites
+    assert page.read_text().count("<article") == sites
+
+
+@pytest.mark.parametrize(
+    ("target", "arguments", "message"),
+    [
+        ("nowhere.py:f", [], "is not SCRIPT.py:FUNCTION"),
+        ("{}", [], "is not SCRIPT.py:FUNCTION"),
+        ("{}:f", [], "has no function 'f'"),
+        ("{}:nothing", [], "must return (model, inputs)"),
+        ("{}:by_name", ["--option", "fgattn.dentisy=1"], "did you mean 'fgattn.density'"),
+    ],
+    ids=["no script", "no function given", "no such function", "no inputs", "option"],
+)
+def test_explain_refuses(target, arguments, message, script, capsys):
+    with pytest.raises(SystemExit):
+        main(["explain", target.format(script), *arguments])
     assert message in capsys.readouterr().err

@@ -172,7 +172,8 @@ model(tokens())
 def test_explain(capsys):
     model, x = Mixture(), tokens()
     explained = fg_inductor.explain(model, x, options=SHORT)
-    assert capsys.readouterr().out == ""
+    printed = capsys.readouterr().out
+    assert "1 of 2 attention sites rewritten" in printed and "sparse" in printed and "causal" in printed
     assert [row.site.decision for row in explained] == ["rewritten", "dense"]
     assert [row.site.path for row in explained] == ["sparse", "causal"]
     assert len(fg_inductor.report()) == 0
@@ -180,6 +181,22 @@ def test_explain(capsys):
     # The same as compiling it.
     compiled(model)(x)
     assert [row.site for row in fg_inductor.report()] == [row.site for row in explained]
+
+
+@pytest.mark.parametrize("rich", [True, False])
+def test_table_with_and_without_rich(rich, capsys, monkeypatch):
+    if rich:
+        pytest.importorskip("rich")
+    else:
+        monkeypatch.setitem(sys.modules, "rich.console", None)
+    compiled(Mixture())(tokens())
+    fg_inductor.report().print()
+    printed = capsys.readouterr().out
+    assert printed.startswith("fgattn: 1 of 2 attention sites rewritten") and "rewritten" in printed
+    assert ("kernel" in printed) == (not rich)  # the plain table has all columns
+    fg_inductor.reset()
+    fg_inductor.report().print()
+    assert capsys.readouterr().out.strip() == "fgattn: no attention site has been compiled."
 
 
 def test_explain_leaves_compiled_code_alone(monkeypatch):

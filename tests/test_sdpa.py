@@ -117,8 +117,9 @@ def masked(q, k, v):
     return SDPA(q, k, v, attn_mask=torch.ones(q.shape[2], q.shape[2], dtype=torch.bool).tril())
 
 
-def folded_heads(q, k, v):
-    return SDPA(q.flatten(0, 1), k.flatten(0, 1), v.flatten(0, 1)).unflatten(0, q.shape[:2])
+def one_head(q, k, v):
+    """No reshape says that the first dimension holds heads."""
+    return torch.stack([SDPA(q[:, i], k[:, i], v[:, i]) for i in range(1)], 1).expand_as(q)
 
 
 def few_keys(q, k, v):
@@ -154,7 +155,7 @@ REFUSALS = {
     "causal": (Attention(functools.partial(SDPA, is_causal=True)), {}, {}, "causal", False),
     "short": (Attention(), {}, {"min_seq": 41}, "shorter than min_seq", False),
     "short keys": (Attention(few_keys), {}, {"min_seq": 9}, "shorter than min_seq", False),
-    "3-D": (Attention(folded_heads), {}, {}, "not 4-D", False),
+    "3-D": (Attention(one_head), {}, {}, "not 4-D", False),
     "dropout": (Attention(functools.partial(SDPA, dropout_p=0.1)), {}, {}, "dropout", True),
     "mask": (Attention(masked), {}, {}, "mask is not a key mask", True),
     "head dim": (Attention(dim=257), {}, {}, "head dim without a kernel", True),
@@ -214,6 +215,7 @@ def without_values(node):
 EDITS = {
     "scale": (with_scale_node, "scale is not a constant", True),
     "dtype": (with_value(dtype=torch.float8_e4m3fn), "dtype", True),
+    "complex": (with_value(dtype=torch.complex64), "dtype", True),
     "device": (with_value(device="meta"), "device", True),
     "subclass": (with_subclass, "tensor subclass", True),
     "no values": (without_values, "no shapes in the graph", False),
