@@ -218,12 +218,6 @@ def _left(found: Unknown, index: int) -> Site:
     return Site(**row, decision="dense", reason=found.reason, detail=found.detail)
 
 
-def _left_dense(row: dict, refused: Refusal, stand_in: StandIn | None) -> Site:
-    how = {"written as": stand_in.form} if stand_in else {}
-    reasons = {"reason": refused.reason, "detail": refused.detail, "video": refused.video}
-    return Site(**row, decision="dense", **reasons, details=how)
-
-
 def _describe(node: Node, index: int) -> dict:
     shapes = {}
     for position, keyword in enumerate(("query", "key")):
