@@ -15,6 +15,7 @@ memory that was in use at most: of the step with its weights and optimizer, of a
 """
 
 import argparse
+import functools
 import gc
 import itertools
 from collections.abc import Callable, Iterator
@@ -40,6 +41,7 @@ from fg_inductor.bench.common import (
 from fg_inductor.bench.masks import LISTS, make_mask
 from fg_inductor.kernels import ops, reference
 from fg_inductor.kernels.checks import TAILS
+from fg_inductor.settings import Settings
 
 COLUMNS = [
     "work", "slice", "lists", "tail", "kept", "variant", "median_ms", "baseline_ms", "ratio", "peak_gb",
@@ -153,7 +155,13 @@ def _passes(inputs: Inputs, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) 
 
 
 def _select(q: Tensor, k: Tensor, m: int, n: int, density: float) -> Tensor:
-    return ops.select_pooled(q, k, None, None, q.shape[-1] ** -0.5, m, n, 16, 0.9, density, 1.0, [], [], 0)
+    """A mask as the backend's default selector makes it, in the order that the queries have."""
+    return ops.select_pooled(q, k, None, None, q.shape[-1] ** -0.5, m, n, _pool(m, n), 0.9, density, 1.0, [], [], 0)
+
+
+@functools.cache
+def _pool(m: int, n: int) -> int:
+    return Settings.parse({"fgattn.slice": f"{m}x{n}"}).queries_per_mean
 
 
 def _attention_rows(args, inputs: Inputs, dense: dict[str, Measured], head: dict) -> Iterator[dict]:
