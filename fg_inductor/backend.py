@@ -60,7 +60,7 @@ def fgattn(
         meter = Meter(density.add_outputs(gm)) if settings.stats and rewritten else None
         stateful = None
         if settings.mask == "observed" and rewritten:
-            stateful = add_state(variant.copy_graph(gm), example_inputs)
+            stateful = _with_state(gm, example_inputs, rows, settings, graph_id)
             rows = [_note_stateless(row, stateful) for row in rows]
             state.say_reasons(settings, stateful)
     if before is not None:
@@ -282,6 +282,19 @@ def _note_unmeasured(row: Row, meter: Meter) -> Row:
     if not row.site.rewritten or row.site.index in meter.sites:
         return row
     return dataclasses.replace(row, note="density not measured inside a checkpointed region")
+
+
+def _with_state(
+    gm: GraphModule, example_inputs: Sequence[Any], rows: list[Row], settings: Settings, graph_id: str
+) -> Stateful:
+    """A copy of a rewritten graph with state. An error of the pass is a reason to go without, unless ``strict``."""
+    try:
+        return add_state(variant.copy_graph(gm), example_inputs)
+    except Exception as error:
+        if settings.strict:
+            raise
+        log.exception("fgattn: graph %s gets no observed masks, as the pass failed; please report this.", graph_id)
+        return Stateful(gm, reasons={row.site.index: f"error in the pass: {error}" for row in rows})
 
 
 def _note_stateless(row: Row, stateful: Stateful) -> Row:

@@ -148,9 +148,9 @@ class Keeper:
         _problems[self.graph] = "stateless: the branch of guidance can't be told"
         if not self.settings.quiet:
             log.warning(
-                "fgattn: which branch of guidance a call of the model belongs to can't be told from its inputs, as none "
-                "stays the same tensor from step to step: such calls select their masks anew. Call the model inside "
-                "`with run.branch(name):`, run being what fg_inductor.denoising gives."
+                "fgattn: which branch of guidance a call of the model belongs to can't be told from its inputs, as no "
+                "other tensor stays the same from step to step: such calls select their masks anew. Call the model "
+                "inside `with run.branch(name):`, run being what fg_inductor.denoising gives."
             )
 
 

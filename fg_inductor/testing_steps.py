@@ -1,6 +1,6 @@
-"""Test utility: a denoising schedule with observed masks, in eager mode and plain PyTorch, to compare compiled code with.
+"""Test utility: a denoising schedule with observed masks in eager mode and plain PyTorch; compiled code must equal it.
 
-with EagerSchedule(model, Settings(mask="observed", refresh="every 2", slice="16x8"), steps=6, branches=2) as eager:
+with EagerSchedule(model, settings=Settings(mask="observed", slice="16x8"), steps=6, branches=2) as eager:
     ...                     # the loop; the model's self attention runs the schedule
 eager.refreshes             # how often a mask was observed
 """
@@ -27,6 +27,7 @@ class EagerSchedule:
 
     def __enter__(self) -> "EagerSchedule":
         self._hooks = [model.register_forward_pre_hook(self._begin) for model in self.models]
+        self._hooks += [model.register_forward_hook(self._end) for model in self.models]
         self._plain = torch.nn.functional.scaled_dot_product_attention
         torch.nn.functional.scaled_dot_product_attention = self._attend
         return self
@@ -40,10 +41,13 @@ class EagerSchedule:
         self.model, self.layer = model, 0
         self.calls += 1
 
+    def _end(self, *_) -> None:
+        self.model = None
+
     def _attend(self, query, key, value, attn_mask=None, **kwargs) -> Tensor:
         step, branch = divmod(self.calls - 1, self.branches)
         cross = query.shape[2] != key.shape[2]
-        if cross or step < self.dense:
+        if self.model is None or cross or step < self.dense:
             return self._plain(query, key, value, attn_mask, **kwargs)
         self.layer += 1
         settings, place = self.settings, (id(self.model), branch, self.layer)

@@ -63,7 +63,9 @@ def fake_inputs(example_inputs) -> list[Any]:
     A form that is compiled later would otherwise hold the tensors of the first call until then, and find sizes of which
     Dynamo no longer says that they are constants.
     """
-    context = TracingContext.get()
+    context = TracingContext.try_get()
+    if context is None:  # the backend was called by hand
+        return list(example_inputs)
 
     def fake(x):
         if not isinstance(x, Tensor) or isinstance(x, FakeTensor):

@@ -237,7 +237,7 @@ def test_reset_of_one_model():
     with torch.no_grad():
         for model in models:
             with fg_inductor.denoising(model) as run:
-                denoise([model], after=lambda i: run.step())  # noqa: B023
+                denoise([model], after=lambda i: run.step())
     assert len(state._entries) == 10
     fg_inductor.reset(models[0])
     weights = {id(p) for p in models[1].parameters()}
@@ -396,6 +396,19 @@ def test_stateless_with_a_reason(make, reason, caplog):
     if actual.requires_grad:
         grads = torch.autograd.grad(actual.sum(), list(model.parameters()))
         assert all(g.isfinite().all() for g in grads)
+
+
+def test_an_error_of_the_pass_is_a_reason(monkeypatch, caplog):
+    def fail(gm, example_inputs):
+        raise KeyError("a defect")
+
+    monkeypatch.setattr(backend, "add_state", fail)
+    model, x, text = Guided(), tokens(), tokens(1)
+    compiled = compile_whole(model, OBSERVED)
+    with torch.no_grad(), fg_inductor.denoising(compiled):
+        torch.testing.assert_close(compiled(x, text), pooled(model, x, text))
+    assert "none: error in the pass: 'a defect'" in str(fg_inductor.report())
+    assert any("please report this" in record.message for record in caplog.records)
 
 
 # What the graph and the inner compiler see
