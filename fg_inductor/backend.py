@@ -16,12 +16,14 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
-from fg_inductor import explain_page, kernels, passes
+from fg_inductor import explain_page, kernels, passes, state, variants
 from fg_inductor.kernels import ops
 from fg_inductor.passes import cache_key, checkpoint, density, sdpa, variant
 from fg_inductor.passes.graph import hint, value
 from fg_inductor.passes.site import Site
-from fg_inductor.report import Meter, Report, Row, announce, record, reset
+from fg_inductor.passes.state import Stateful, add_state
+from fg_inductor.report import Meter, Report, Row, announce, record
+from fg_inductor.report import reset as forget_report
 from fg_inductor.settings import PREFIX, Settings
 from fg_inductor.variants import Variants
 
@@ -56,6 +58,11 @@ def fgattn(
         _check_strict(rows, settings)
         rewritten = any(row.site.rewritten for row in rows)
         meter = Meter(density.add_outputs(gm)) if settings.stats and rewritten else None
+        stateful = None
+        if settings.mask == "observed" and rewritten:
+            stateful = _with_state(gm, example_inputs, rows, settings, graph_id)
+            rows = [_note_stateless(row, stateful) for row in rows]
+            state.say_reasons(settings, stateful)
     if before is not None:
         log.debug("graph %s before:\n%s\nafter:\n%s", graph_id, before, gm.print_readable(print_output=False))
     if meter:
@@ -66,19 +73,31 @@ def fgattn(
         return _compile(gm, example_inputs, settings.inner, patches)
     ours = _with_joint_pass(patches, settings)
 
-    def compile_sparse(graph):
-        compiled = _compile(graph, example_inputs, settings.inner, ours)
+    def compile_sparse(graph, inputs):
+        compiled = _compile(graph, inputs, settings.inner, ours)
         return meter.wrap(compiled) if meter else compiled
 
-    if dense is None:
-        return compile_sparse(gm)
-    sparse = variant.copy_graph(gm)
+    observes = stateful is not None and bool(stateful.sites)
+    if not settings.dense_first and not observes:
+        return compile_sparse(gm, example_inputs)
+    sparse, inputs = variant.copy_graph(gm), variant.fake_inputs(example_inputs)
+    paths = {row.site.index: row.site.path for row in rows}
     return Variants(
         settings,
-        dense=lambda: _compile(dense, example_inputs, settings.inner, patches),
-        sparse=lambda: compile_sparse(sparse),
-        now=variant.is_symbolic(example_inputs),
+        dense=lambda: _compile(dense, inputs, settings.inner, patches),
+        sparse=lambda: compile_sparse(sparse, inputs),
+        now=variant.is_symbolic(inputs),
+        observed=(lambda: compile_sparse(stateful.gm, [*inputs, *stateful.inputs])) if observes else None,
+        keeper=state.Keeper(settings, graph_id, stateful, paths, inputs) if observes else None,
     )
+
+
+def reset(model: torch.nn.Module | None = None) -> None:
+    """Forget the observed masks of a model; without one all of them, and all rows, densities and lines printed."""
+    state.forget(model)
+    if model is None:
+        forget_report()
+        variants.forget()
 
 
 fgattn.reset = reset  # called by torch._dynamo.reset()
@@ -263,6 +282,27 @@ def _note_unmeasured(row: Row, meter: Meter) -> Row:
     if not row.site.rewritten or row.site.index in meter.sites:
         return row
     return dataclasses.replace(row, note="density not measured inside a checkpointed region")
+
+
+def _with_state(
+    gm: GraphModule, example_inputs: Sequence[Any], rows: list[Row], settings: Settings, graph_id: str
+) -> Stateful:
+    """A copy of a rewritten graph with state. An error of the pass is a reason to go without, unless ``strict``."""
+    try:
+        return add_state(variant.copy_graph(gm), example_inputs)
+    except Exception as error:
+        if settings.strict:
+            raise
+        log.exception("fgattn: graph %s gets no observed masks, as the pass failed; please report this.", graph_id)
+        return Stateful(gm, reasons={row.site.index: f"error in the pass: {error}" for row in rows})
+
+
+def _note_stateless(row: Row, stateful: Stateful) -> Row:
+    reason = stateful.reasons.get(row.site.index)
+    if reason is None or not row.site.rewritten:
+        return row
+    site = dataclasses.replace(row.site, details={**row.site.details, "state": f"none: {reason}"})
+    return dataclasses.replace(row, site=site)
 
 
 # The inner compiler

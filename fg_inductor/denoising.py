@@ -86,13 +86,17 @@ class Branches:
 class Run:
     """A denoising loop in progress; ``denoising`` makes one.
 
-    index   the step, from 0
-    total   steps in all; None where nobody has said so yet
+    index      the step, from 0
+    total      steps in all; None where nobody has said so yet
+    video      a token of the video that is made; another one for each
+    ambiguous  steps in which the branch of a call could not be told, and somebody asked for it
     """
 
     def __init__(self, total: int | None):
         self.index = 0
         self.total = total
+        self.video = object()
+        self.ambiguous: set[int] = set()
         self._given = total is not None
         self._declared: Hashable = None
         self._branches: dict[nn.Module, Branches] = {}
@@ -132,6 +136,8 @@ class Run:
         """A new video of ``total`` steps begins; the number given to ``denoising`` prevails."""
         self.index = 0
         self.total = self.total if self._given else total
+        self.video = object()
+        self.ambiguous.clear()
         self._branches.clear()
 
     def call(self, model: nn.Module, args: tuple, kwargs: dict[str, Any]) -> "Call":

@@ -13,6 +13,7 @@ from tabulate import tabulate
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from fg_inductor import state
 from fg_inductor.passes.site import Site
 from fg_inductor.settings import Settings
 
@@ -31,7 +32,8 @@ class Row:
     kernel    "hopper" (Gluon), "portable" (Triton) or "reference" (PyTorch, on CPU): what ``kernels.choice`` says of
               the sizes that the graph was traced with; None where it stays dense
     density   kept pairs / all pairs, the mean over all calls so far; None where it was not measured
-    note      why ``fgattn.stats`` could not measure it; else empty
+    note      why ``fgattn.stats`` could not measure it, or calls had no observed mask; else empty
+    state_bytes  size of the observed masks that are held for it, over all layers and branches that share the graph
     """
 
     graph: str
@@ -40,10 +42,11 @@ class Row:
     kernel: str | None = None
     density: float | None = None
     note: str = ""
+    state_bytes: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, fit for JSON. ``settings`` holds the options that are not at their defaults."""
-        row = {name: getattr(self, name) for name in ("graph", "kernel", "density", "note")}
+        row = {name: getattr(self, name) for name in ("graph", "kernel", "density", "note", "state_bytes")}
         return row | dataclasses.asdict(self.site) | {"settings": self.settings.changed()}
 
     def cells(self) -> tuple[str, ...]:
@@ -51,7 +54,8 @@ class Row:
         site, dense = self.site, not self.site.rewritten
         reason = f"{site.reason} ({site.detail})" if site.detail else site.reason
         found = (f"{name} {text}" for name, text in site.details.items())
-        notes = "; ".join(filter(None, (reason, *found, self.note)))
+        held = f"masks held: {self.state_bytes / 1e6:.3g} MB" if self.state_bytes else ""
+        notes = "; ".join(filter(None, (reason, *found, held, self.note)))
         density = "" if self.density is None else f"{self.density:.3f}"
         return (
             self.graph, site.path, site.kind, site.query, site.key, site.dtype, site.decision, self.kernel or "",
@@ -127,11 +131,13 @@ def summary(settings: Settings) -> str:
     keep = ""
     if settings.mask == "dfs":
         keep = f", density {settings.block_density:g}"
-    elif settings.mask == "pooled":
+    elif settings.mask in ("pooled", "observed"):
         rule = next(name for name in ("alpha", "density", "top_p") if getattr(settings, name) is not None)
         keep = f", {rule} {getattr(settings, rule):g}"
     tail = "" if settings.tail == "none" else f", {settings.tail} tail"
-    return f"{settings.mask} {settings.slice}{keep}{tail}"
+    steps = settings.refresh if isinstance(settings.refresh, str) else f"at {', '.join(map(str, settings.refresh))}"
+    again = f", refreshed {steps}" if settings.mask == "observed" else ""
+    return f"{settings.mask} {settings.slice}{keep}{tail}{again}"
 
 
 class Meter:
@@ -176,7 +182,7 @@ _announced: set[tuple[Settings, bool]] = set()
 
 
 def reset() -> None:
-    """Forget all rows, measured densities and which lines were printed."""
+    """Forget all rows, measured densities and which lines were printed. ``fg_inductor.reset`` forgets more."""
     _rows.clear()
     _announced.clear()
 
@@ -184,10 +190,13 @@ def reset() -> None:
 def report() -> Report:
     """The attention sites of everything compiled with ``backend="fgattn"`` since the last reset."""
     means = {meter: meter.means() for _, meter in _rows.values() if meter}
-    return Report(
-        dataclasses.replace(row, density=means[meter].get(row.site.index)) if meter else row
-        for row, meter in _rows.values()
-    )
+    return Report(_as_of_now(row, means.get(meter, {})) for row, meter in _rows.values())
+
+
+def _as_of_now(row: Row, densities: dict[int, float]) -> Row:
+    note = "; ".join(filter(None, (row.note, state.problem(row.graph) if row.site.rewritten else "")))
+    held = state.size(row.graph, row.site.index)
+    return dataclasses.replace(row, density=densities.get(row.site.index), note=note, state_bytes=held)
 
 
 def record(rows: list[Row], meter: Meter | None) -> None:

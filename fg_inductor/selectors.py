@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch._ops import OpOverload, OpOverloadPacket
 
-BUILT_IN = ("pooled", "dfs", "static", "dense")
+BUILT_IN = ("pooled", "observed", "dfs", "static", "dense")
 ARGUMENTS = ("Tensor q", "Tensor k", "Tensor? key_bias", "Tensor? order", "float scale", "int m", "int n")
 _TYPES = tuple(argument.partition(" ")[0] for argument in ARGUMENTS)
 

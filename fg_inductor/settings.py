@@ -143,6 +143,16 @@ def _grid(value):
     return sides
 
 
+def _refresh(value):
+    word, _, number = value.partition(" ") if isinstance(value, str) else ("", "", "")
+    if word == "every" and number.isdecimal() and int(number) > 0:
+        return f"every {int(number)}"
+    steps = tuple(map(_whole, value)) if isinstance(value, (tuple, list)) else (None,)
+    if any(x is None or x < 0 for x in steps):
+        raise ValueError("must be 'every N', N a number of steps, or a list of steps, the first of which is 0")
+    return tuple(sorted(set(steps)))
+
+
 def _only(allowed, why):
     def read(value):
         if isinstance(value, bool) or value != allowed:
@@ -163,8 +173,8 @@ class Settings:
     mask: str = _option(
         "pooled",
         _mask,
-        "selector that makes the mask: 'pooled' (at run time), 'dfs' (DFSAttn's blocks), 'static' (by place alone), "
-        "'dense', or one of your own (`docs/selectors.md`)",
+        "selector that makes the mask: 'pooled' (at run time), 'observed' (exact, kept over steps), 'dfs' (DFSAttn's "
+        "blocks), 'static' (by place alone), 'dense', or one of your own (`docs/selectors.md`)",
     )
     slice: str = _option("128x8", _slice, "M queries by N keys that are kept or dropped together")
     top_p: float = _option(0.9, _fraction(), "share of the estimated attention mass to keep, in (0, 1]")
@@ -199,10 +209,8 @@ class Settings:
     dense_first: float = _option(
         0.0, _share, "share of the denoising steps, the first ones, attended densely; needs `fg_inductor.denoising`"
     )
-    refresh: str = _option(
-        "every 8",
-        _only("every 8", "masks are made anew at every step"),
-        "when observed masks are remade (reserved: only the default)",
+    refresh: str | tuple[int, ...] = _option(
+        "every 8", _refresh, "when observed masks are made anew: 'every N' steps, or a list of steps, from 0"
     )
     when: str = _option(
         "faster",
@@ -246,6 +254,10 @@ class Settings:
         if settings.alpha is not None and settings.density is not None:
             raise ValueError(
                 f"fgattn: alpha={settings.alpha} and density={settings.density} both say how much to keep; give one."
+            )
+        if settings.alpha is not None and settings.mask == "observed":
+            raise ValueError(
+                f"fgattn: alpha={settings.alpha} is a rule for estimates; with mask='observed' give top_p or density."
             )
         if (settings.mask == "static") != (settings.static is not None):
             raise ValueError(

@@ -128,16 +128,37 @@ def check_select(
     check_slice(op, m, n)
     if pool not in POOLS:
         fail(op, f"pool={pool} queries a mean; choose one of {POOLS}.")
+    _check_selection(op, top_p, density, max_density, dense_keys, dense_queries, reduce)
+    if gamma is not None and not 0 < gamma < 1:
+        fail(op, f"gamma={gamma} is compared with cosines; it must lie between 0 and 1.")
+    if alpha is not None and (not alpha > 0 or density is not None):
+        fail(op, f"alpha={alpha} with density={density}; give a positive alpha, or a density, or neither.")
+
+
+def check_observed(
+    q, k, mask, key_bias, order, m, n, reduce, top_p, density, max_density, dense_keys, dense_queries, refresh
+) -> None:
+    """The arguments of ``update_observed_``."""
+    op = "update_observed_"
+    check_tensors(op, q, k, None, key_bias, order)
+    check_slice(op, m, n)
+    check_mask(op, mask, q, k, m, n)
+    _check_selection(op, top_p, density, max_density, dense_keys, dense_queries, reduce)
+    if refresh.dtype != torch.bool or refresh.dim() != 0 or refresh.device != q.device:
+        fail(
+            op,
+            f"refresh must be a bool scalar on {q.device}, got {refresh.dtype} {_shape(refresh)} on {refresh.device}.",
+        )
+
+
+def _check_selection(op, top_p, density, max_density, dense_keys, dense_queries, reduce) -> None:
+    """How much a selector keeps, which tokens whole, and how the queries of a slice are joined."""
     for name, x in (("top_p", top_p), ("density", density), ("max_density", max_density)):
         if x is not None and not 0 < x <= 1:
             fail(op, f"{name}={x} must lie in (0, 1].")
     check_ranges(op, dense_keys, dense_queries)
     if reduce not in REDUCES:
         fail(op, f"reduce={reduce!r}; choose one of {REDUCES}.")
-    if gamma is not None and not 0 < gamma < 1:
-        fail(op, f"gamma={gamma} is compared with cosines; it must lie between 0 and 1.")
-    if alpha is not None and (not alpha > 0 or density is not None):
-        fail(op, f"alpha={alpha} with density={density}; give a positive alpha, or a density, or neither.")
 
 
 def _check_same_length(op: str, q: Tensor, k: Tensor, order: Tensor) -> None:

@@ -13,6 +13,7 @@ from fg_inductor.kernels import choice, reference
 from fg_inductor.kernels.checks import (
     check_attention,
     check_dfs,
+    check_observed,
     check_order,
     check_ranges,
     check_select,
@@ -27,6 +28,9 @@ SCHEMAS = {
     "select_pooled": "(Tensor q, Tensor k, Tensor? key_bias, Tensor? order, float scale, int m, int n, int pool, "
     "float top_p, float? density, float max_density, SymInt[] dense_keys, SymInt[] dense_queries, SymInt min_seq, "
     'str reduce="sum", float? gamma=None, float? alpha=None) -> Tensor',
+    "update_observed_": "(Tensor q, Tensor k, Tensor(a!) mask, Tensor? key_bias, Tensor? order, float scale, int m, "
+    "int n, str reduce, float top_p, float? density, float max_density, SymInt[] dense_keys, SymInt[] dense_queries, "
+    "SymInt min_seq, Tensor refresh) -> ()",
     "attention": "(Tensor q, Tensor k, Tensor v, Tensor mask, Tensor? key_bias, Tensor? order, float scale, "
     'int m, int n, str tail, SymInt min_seq, str kernel_name="auto") -> (Tensor out, Tensor lse)',
     "attention_backward": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor mask, "
@@ -144,6 +148,47 @@ for _name, _run, _inputs in (
     torch.library.impl(f"fgattn::{_name}", "CPU", _run)
     torch.library.impl(f"fgattn::{_name}", "CUDA", _run)
     torch.library.register_autograd(f"fgattn::{_name}", lambda ctx, grad, inputs=_inputs: (None,) * inputs)
+
+
+# update_observed_
+
+
+@torch.library.register_fake("fgattn::update_observed_")
+def _update_observed_fake(
+    q, k, mask, key_bias, order, scale, m, n, reduce, top_p, density, max_density, dense_keys, dense_queries, min_seq,
+    refresh,
+):  # fmt: skip
+    selection = (reduce, top_p, density, max_density, dense_keys, dense_queries)
+    check_observed(q, k, mask, key_bias, order, m, n, *selection, refresh)
+
+
+def _update_observed(observe):
+    def run(
+        q, k, mask, key_bias, order, scale, m, n, reduce, top_p, density, max_density, dense_keys, dense_queries,
+        min_seq, refresh,
+    ):  # fmt: skip
+        selection = (reduce, top_p, density, max_density, list(dense_keys), list(dense_queries))
+        check_observed(q, k, mask, key_bias, order, m, n, *selection, refresh)
+        if min(q.shape[2], k.shape[2]) >= min_seq:  # below it attention is dense, whatever the mask
+            observe(q, k, mask, key_bias, order, scale, m, n, *selection, refresh)
+
+    return run
+
+
+def _update_observed_cpu(q, k, mask, *rest):
+    *arguments, refresh = rest
+    if refresh:
+        mask.copy_(reference.observed_mask(q, k, *arguments))
+
+
+def _update_observed_cuda(q, k, mask, *rest):
+    from fg_inductor.kernels import observe
+
+    observe.launch(*_unit_stride(q, k), mask, *rest)
+
+
+torch.library.impl("fgattn::update_observed_", "CPU", _update_observed(_update_observed_cpu))
+torch.library.impl("fgattn::update_observed_", "CUDA", _update_observed(_update_observed_cuda))
 
 
 # attention
@@ -315,9 +360,11 @@ def _register_autocast(name: str, tensors: int, device: str, key: str) -> None:
 for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
     _register_autocast("select_pooled", 2, _device, _key)
     _register_autocast("select_dfs", 2, _device, _key)
+    _register_autocast("update_observed_", 2, _device, _key)
     _register_autocast("attention", 3, _device, _key)
 
 select_pooled = torch.ops.fgattn.select_pooled.default
+update_observed_ = torch.ops.fgattn.update_observed_.default
 attention = torch.ops.fgattn.attention.default
 query_order = torch.ops.fgattn.query_order.default
 select_dfs = torch.ops.fgattn.select_dfs.default

@@ -123,6 +123,59 @@ def keep_dense(
     return mask | pack(column, words) | torch.where(row[:, None], everything, 0)
 
 
+def probabilities(logits: Tensor, valid: Tensor) -> Tensor:
+    """Softmax over the last dimension where ``valid``, 0 elsewhere; NaN just where a logit is NaN or +inf."""
+    top = logits.nan_to_num(-math.inf, math.inf, -math.inf).amax(-1, keepdim=True)
+    weight = torch.exp(logits - top).masked_fill(~valid, 0)
+    return weight / weight.nan_to_num(0, 0, 0).sum(-1, keepdim=True).clamp_min(torch.finfo(logits.dtype).tiny)
+
+
+def best_groups(
+    score: Tensor,
+    valid: Tensor,
+    tokens: Tensor,
+    keys: int,
+    m: int,
+    n: int,
+    top_p: float,
+    density: float | None,
+    max_density: float,
+    dense_keys: list[int],
+    dense_queries: list[int],
+    bound: Tensor | None = None,
+) -> Tensor:
+    """The block mask [B, H, T, W] from the scores [B, H, T, G] of some slices: the rule of every selector by mass.
+
+    valid   bool [B, G], False where all keys of the group are masked
+    tokens  the original places of the queries of the slices, in query order
+    bound   [B, 1, T, 1], or None: keep the groups with a score above it, instead of ``top_p``
+
+    Groups are ranked by score (ties: the lower index first), groups in ``dense_keys`` and groups with a NaN score
+    before all others. A slice keeps the shortest prefix that holds ``top_p`` of the mass, but no more than
+    round(max_density * groups); or, with ``bound``, the groups above it, with the same limit; or, with ``density``, the
+    first round(density * groups). The first group and all groups ranked before the others are always kept; groups whose
+    keys are all masked never are, and do not count. Slices with a query in ``dense_queries`` keep everything.
+    """
+    groups, device = score.shape[3], score.device
+    valid = valid[:, None, None]
+    forced = any_in_chunks(in_ranges(torch.arange(keys, device=device), list(dense_keys)), n) | score.isnan()
+    mass = score.nan_to_num(0, 0, 0)
+    share = max_density if density is None else density
+    limit = (valid.sum(-1, keepdim=True).double() * share + 0.5).floor().clamp_min(1)
+    ranked = ranking(mass, forced, valid)
+    kept = torch.arange(groups, device=device) < limit
+    ordered = mass.gather(-1, ranked)
+    if bound is not None:
+        kept = kept & ((ordered > bound) | (torch.arange(groups, device=device) == 0))
+    elif density is None and top_p < 1:
+        before = ordered.cumsum(-1) - ordered
+        kept = kept & (before < top_p * mass.sum(-1, keepdim=True))
+    keep = torch.zeros_like(forced & valid).scatter(-1, ranked, kept.expand_as(ranked).contiguous())
+    keep = keep | forced
+    keep = keep | any_in_chunks(in_ranges(tokens, list(dense_queries)), m)[:, None]
+    return pack((keep & valid).expand_as(score), word_count(keys, n))
+
+
 def pooled_scores(
     q: Tensor,
     k: Tensor,
@@ -171,10 +224,7 @@ def pooled_scores(
             mean_k = mean_k.masked_fill((cosine < gamma)[..., None], math.nan)
     mean_k = mean_k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     logits = torch.einsum("bhtpd,bhgd->bhtpg", mean_q, mean_k) * scale + group_bias[:, None, None, None]
-    top = logits.nan_to_num(-math.inf, math.inf, -math.inf).amax(-1, keepdim=True)
-    weight = torch.exp(logits - top)  # NaN where the logit is NaN or +inf: such a group is kept
-    weight = weight.masked_fill(~valid[:, None, None, None], 0)
-    mass = weight / weight.nan_to_num(0, 0, 0).sum(-1, keepdim=True).clamp_min(torch.finfo(acc).tiny)
+    mass = probabilities(logits, valid[:, None, None, None])
     mass = mass.masked_fill((rows == 0)[..., None], 0)
     return mass.sum(3) if reduce == "sum" else mass.amax(3), valid
 
@@ -197,40 +247,78 @@ def select_pooled(
     gamma: float | None = None,
     alpha: float | None = None,
 ) -> Tensor:
-    """The block mask [B, Hq, T, W] made from pooled queries and keys; ``kernels.ops`` documents the arguments.
+    """The block mask [B, Hq, T, W] made from pooled queries and keys, by the rule of ``best_groups``.
 
-    Groups are ranked by score (ties: the lower index first), groups in ``dense_keys`` and groups with a NaN score
-    before all others. A slice keeps the shortest prefix that holds ``top_p`` of the mass, but no more than
-    round(max_density * groups); or, with ``alpha``, the groups whose probability is above alpha / groups, with the same
-    bound; or, with ``density``, the first round(density * groups). The first group and all groups ranked before the
-    others are always kept; groups whose keys are all masked never are, and do not count.
-
-    A group's probability is its score divided by the means that it sums, or its score itself with reduce="max": with
-    N = 1 and the means of whole slices p > alpha / Sk, the threshold of FG-Attn v1.
+    With ``alpha``, a group's probability is its score divided by the means that it sums, or its score itself with
+    reduce="max": with N = 1 and the means of whole slices p > alpha / Sk, the threshold of FG-Attn v1.
     """
     score, valid = pooled_scores(q, k, key_bias, order, scale, m, n, pool, reduce, gamma)
-    batch, heads, slices, groups = score.shape
-    device, valid = q.device, valid[:, None, None]
-    forced = any_in_chunks(in_ranges(torch.arange(k.shape[2], device=device), list(dense_keys)), n) | score.isnan()
-    mass = score.nan_to_num(0, 0, 0)
-    share = max_density if density is None else density
-    limit = (valid.sum(-1, keepdim=True).double() * share + 0.5).floor().clamp_min(1)
-    ranked = ranking(mass, forced, valid)
-    kept = torch.arange(groups, device=device) < limit
-    ordered = mass.gather(-1, ranked)
+    tokens = torch.arange(q.shape[2], device=q.device) if order is None else order.long()
+    bound = None
     if alpha is not None:
-        means = slice_count(q.shape[2], min(pool, m)) - torch.arange(slices, device=device) * (m // min(pool, m))
-        summed = means.clamp(max=m // min(pool, m)) if reduce == "sum" else torch.ones_like(means)
-        uniform = summed[:, None] / valid.sum(-1, keepdim=True).clamp_min(1)
-        kept = kept & ((ordered > alpha * uniform) | (torch.arange(groups, device=device) == 0))
-    elif density is None and top_p < 1:
-        before = ordered.cumsum(-1) - ordered
-        kept = kept & (before < top_p * mass.sum(-1, keepdim=True))
-    keep = torch.zeros_like(forced & valid).scatter(-1, ranked, kept.expand_as(ranked).contiguous())
-    keep = keep | forced
-    tokens = torch.arange(q.shape[2], device=device) if order is None else order.long()
-    keep = keep | any_in_chunks(in_ranges(tokens, list(dense_queries)), m)[:, None]
-    return pack((keep & valid).expand(batch, heads, slices, groups), word_count(k.shape[2], n))
+        most = m // min(pool, m)
+        means = slice_count(q.shape[2], min(pool, m)) - torch.arange(score.shape[2], device=q.device) * most
+        summed = means.clamp(max=most) if reduce == "sum" else torch.ones_like(means)
+        bound = alpha * (summed[:, None] / valid[:, None, None].sum(-1, keepdim=True).clamp_min(1))
+    selection = (top_p, density, max_density, dense_keys, dense_queries)
+    return best_groups(score, valid, tokens, k.shape[2], m, n, *selection, bound)
+
+
+def column_mass(
+    q: Tensor, k: Tensor, bias: Tensor | None, rows: Tensor, scale: float, m: int, n: int, reduce: str
+) -> Tensor:
+    """Exact probability mass of each key group for the slices of the queries ``rows`` [R]: [B, Hq, ceil(R / m), G].
+
+        mass[t, g] = sum over the keys j of group g of reduce over the queries i of slice t of softmax_j(logits[i, j])
+
+    q, k in the dtype of the arithmetic, bias from ``normalise_key_bias``. reduce is "sum", or "max" as in FG-Attn v1.
+    NaN where a logit of the slice is NaN or +inf, 0 where a key is masked.
+    """
+    slices, groups = slice_count(len(rows), m), group_count(k.shape[2], n)
+    logits = q[:, :, rows] @ k.repeat_interleave(q.shape[1] // k.shape[1], 1).mT * scale
+    valid = torch.ones_like(logits[:, :1, :1], dtype=torch.bool)
+    if bias is not None:
+        logits = logits + bias[:, None, None]
+        valid = (bias != -math.inf)[:, None, None]
+    p = probabilities(logits, valid)
+    p = torch.nn.functional.pad(p, (0, groups * n - k.shape[2], 0, slices * m - len(rows))).unflatten(2, (slices, m))
+    mass = p.sum(3) if reduce == "sum" else p.amax(3)
+    return mass.unflatten(-1, (groups, n)).sum(-1)
+
+
+def observed_mask(
+    q: Tensor,
+    k: Tensor,
+    key_bias: Tensor | None,
+    order: Tensor | None,
+    scale: float,
+    m: int,
+    n: int,
+    reduce: str = "sum",
+    top_p: float = 0.9,
+    density: float | None = None,
+    max_density: float = 1.0,
+    dense_keys: list[int] = (),
+    dense_queries: list[int] = (),
+    chunk_elements: int = 1 << 27,
+) -> Tensor:
+    """The block mask [B, Hq, T, W] from the exact mass (``column_mass``) by the rule of ``best_groups``.
+
+    Some slices at a time (``chunk_elements`` probabilities): the masses of a layer are never held at once.
+    """
+    acc = accumulate_dtype(q.dtype)
+    keys = k.shape[2]
+    bias = normalise_key_bias(key_bias, acc)
+    valid = group_statistics(bias, keys, n, k)[0] > 0
+    rows = torch.arange(q.shape[2], device=q.device) if order is None else order.long()
+    slices = max(1, chunk_elements // (q.shape[0] * q.shape[1] * m * keys))
+    q, k = q.to(acc), k.to(acc)
+    selection = (top_p, density, max_density, dense_keys, dense_queries)
+    masks = [
+        best_groups(column_mass(q, k, bias, part, scale, m, n, reduce), valid, part, keys, m, n, *selection)
+        for part in rows.split(slices * m)
+    ]
+    return torch.cat(masks, 2)
 
 
 def full_mask(q: Tensor, k: Tensor, m: int, n: int) -> Tensor:

@@ -180,13 +180,16 @@ def _store_words(x, mask_ptr, first, W, cut, ties, everything, WIDE: tl.constexp
 
 @triton.jit(do_not_specialize=["groups", "limit"])  # 1 would be a Python int, without methods
 def _cut(
-    row_ptr, order_ptr, mask_ptr,
+    row_ptr, order_ptr, mask_ptr, refresh_ptr,
     stride_mb, stride_mh, stride_mt,
     first_head, heads, T, W, Sq, groups, limit, share_high, share_low, top_p, alpha, summed, dense_keys, dense_queries,
     M: tl.constexpr, N: tl.constexpr, WORDS: tl.constexpr, REST: tl.constexpr, LOOP: tl.constexpr, LEAN: tl.constexpr,
     WIDE: tl.constexpr, COUNT: tl.constexpr, MASS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ORDER: tl.constexpr,
-    HAS_FORCED: tl.constexpr, HAS_DENSE: tl.constexpr, ALPHA: tl.constexpr,
+    HAS_FORCED: tl.constexpr, HAS_DENSE: tl.constexpr, ALPHA: tl.constexpr, HAS_REFRESH: tl.constexpr,
 ):  # fmt: skip
+    if HAS_REFRESH:  # noqa: SIM102 (decided when it is compiled)
+        if tl.load(refresh_ptr) == 0:
+            return
     t = tl.program_id(0)
     b = (tl.program_id(1) // heads).to(tl.int64)
     h = first_head + tl.program_id(1) % heads
@@ -333,7 +336,7 @@ def configuration(words: int, wide: bool) -> dict:
 def launch(
     score: Tensor, mask: Tensor, first: int, heads: int, groups: int, m: int, n: int, queries: int, keys: int,
     order: Tensor | None, top_p: float | None, share: float, alpha: float | None, summed: int, masked: bool,
-    dense_keys: list[int], dense_queries: list[int],
+    dense_keys: list[int], dense_queries: list[int], refresh: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Write mask[:, first : first + heads] from the scores of these heads.
 
@@ -342,6 +345,7 @@ def launch(
     alpha   drop groups that have no more than alpha times the probability of each if all had the same; or None
     summed  queries for each of the probabilities that a score is the sum of
     masked  whether a group may be masked, so that ``share`` is of those that are not
+    refresh a bool scalar on the device, or None: where it is False the mask stays as it is
     """
     B, _, T, W = mask.shape
     # A range ends with the keys: it does not reach into the padding of the last group.
@@ -349,11 +353,11 @@ def launch(
     high = torch.tensor(share, dtype=torch.float32).item()
     wide = score.dtype == torch.float32
     _cut[(T, B * heads)](
-        score if wide else score.view(torch.int32), order, mask, *mask.stride()[:3],
+        score if wide else score.view(torch.int32), order, mask, refresh, *mask.stride()[:3],
         first, heads, T, W, queries, groups, max(1, int(groups * share + 0.5)), high, share - high,
         1.0 if top_p is None else top_p, alpha or 0.0, summed, dense_keys, tuple(dense_queries),
         M=m, N=n, WIDE=wide, COUNT=share < 1 or (top_p is None and alpha is None), MASS=top_p is not None,
         HAS_BIAS=masked, HAS_ORDER=order is not None, HAS_FORCED=bool(dense_keys), HAS_DENSE=bool(dense_queries),
-        ALPHA=alpha is not None,
+        ALPHA=alpha is not None, HAS_REFRESH=refresh is not None,
         **configuration(W, wide),
     )  # fmt: skip

@@ -80,6 +80,16 @@ class Program:
         weights = (value(x) for x in node.all_input_nodes if x in self._weights)
         return any(not isinstance(w, Tensor) or w.dim() > 1 for w in weights)
 
+    def weight_inputs(self, node: Node) -> list[Node]:
+        """Inputs of the graph that are weights and that ``node`` reads, as they are or computed from (cast, fused)."""
+        found, stack = [], [x for x in node.all_input_nodes if x in self._weights]
+        while stack:
+            x = stack.pop(0)
+            if x.op == "placeholder" and x not in self._border:
+                found.append(x)
+            stack += [y for y in self.inputs(x) if y in self._weights]
+        return found
+
     def _enter(self, module: GraphModule) -> None:
         for node in module.graph.nodes:
             if node.op == "output":

@@ -39,7 +39,7 @@ def emit(graph: Graph, settings, x: Operands, origin: Node, cast: torch.dtype, m
     ``memo``: that of ``passes.graph.call``.
     """
     shape = (x.scale, settings.m, settings.n)
-    if settings.mask == "pooled":
+    if settings.mask in ("pooled", "observed"):  # which ``passes.state`` replaces where it can keep masks
         density = (settings.queries_per_mean, settings.top_p, settings.density, settings.max_density)
         rules = (x.dense_keys, x.dense_queries, x.min_seq, settings.reduce, settings.gamma, settings.alpha)
         args = (x.q, x.k, x.key_bias, x.order, *shape, *density, *rules)

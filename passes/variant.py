@@ -4,7 +4,12 @@ Dynamo reads the metadata of its own placeholders after the backend returns, and
 that it is given: so each form gets a graph of its own, child graphs (checkpointed regions) included.
 """
 
+from typing import Any
+
 import torch
+from torch import Tensor
+from torch._guards import CompileContext, TracingContext, compile_context, tracing
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule
 
 
@@ -37,13 +42,13 @@ class Lazy:
     def __init__(self, compile):
         self._compile = compile
         self._compiled = None
-        self._contexts = torch._guards.TracingContext.try_get(), torch._guards.CompileContext.try_get()
+        self._contexts = TracingContext.try_get(), CompileContext.try_get()
 
     def compile(self) -> None:
         """Compile it now, if it is not."""
         if self._compiled is None:
-            tracing, compiling = self._contexts
-            with torch._guards.tracing(tracing), torch._guards.compile_context(compiling):
+            of_tracing, of_compiling = self._contexts
+            with tracing(of_tracing), compile_context(of_compiling):
                 self._compiled = self._compile()
             self._compile = self._contexts = None  # lets the graph go
 
@@ -52,7 +57,28 @@ class Lazy:
         return self._compiled(*args)
 
 
-def is_symbolic(example_inputs) -> bool:
+def fake_inputs(example_inputs) -> list[Any]:
+    """Example inputs without data, with the sizes that Dynamo made symbolic, and no others.
+
+    A form that is compiled later would otherwise hold the tensors of the first call until then, and find sizes of which
+    Dynamo no longer says that they are constants.
+    """
+    context = TracingContext.try_get()
+    if context is None:  # the backend was called by hand
+        return list(example_inputs)
+
+    def fake(x):
+        if not isinstance(x, Tensor) or isinstance(x, FakeTensor):
+            return x
+        sizes = context.tensor_to_context.get(x)
+        if sizes is None:
+            return context.fake_mode.from_tensor(x, static_shapes=True)
+        return context.fake_mode.from_tensor(x, symbolic_context=sizes, source=sizes.tensor_source, trace=False)
+
+    return [fake(x) for x in example_inputs]
+
+
+def is_symbolic(inputs: list[Any]) -> bool:
     """Whether a graph has symbolic sizes. Its forms are then compiled while Dynamo still collects guards."""
-    sizes = (size for x in example_inputs for size in (x.shape if isinstance(x, torch.Tensor) else (x,)))
+    sizes = (size for x in inputs for size in (x.shape if isinstance(x, Tensor) else (x,)))
     return any(isinstance(size, torch.SymInt) for size in sizes)

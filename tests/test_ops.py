@@ -53,6 +53,7 @@ def _every_call(case, dtype, wanted):
     attention = q, k, v, mask, key_bias, order, scale, m, n, *_ = _attention_arguments(case, dtype, wanted)
     ranges = {"dense_keys": [0, 3, 17, 20], "dense_queries": [5, 6]}
     select = _select_arguments(q, k, key_bias, order, scale, m, n, density=0.3, **ranges)
+    observed = q, k, mask.clone(), key_bias, order, scale, m, n, "max", 0.8, 0.3, 1.0, *ranges.values(), 0
     with torch.no_grad():
         backward = torch.randn_like(q), q, k, v, *ops.attention(*attention), *attention[3:]
     backward = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in backward)
@@ -66,6 +67,7 @@ def _every_call(case, dtype, wanted):
         ("select_dfs", ops.select_dfs, (*square, bias, placed, scale, m, n, 0.3)),
         ("select_static", ops.select_static, (*square, placed, m, n, *rule)),
         ("keep_dense", ops.keep_dense, (mask, order, q.shape[2], k.shape[2], m, n, *ranges.values())),
+        ("update_observed_", ops.update_observed_, (*observed, torch.tensor(True))),
         ("attention", ops.attention, attention),
         ("attention_backward", torch.ops.fgattn.attention_backward.default, backward),
         ("kept_density", ops.kept_density, (mask, key_bias, case.queries, case.keys, m, n)),
@@ -87,6 +89,8 @@ def test_opcheck(name, case, dtype, wanted):
 @problems
 def test_fake_equals_real(case, dtype, wanted, min_seq):
     for name, op, arguments in _every_call(case, dtype, wanted):
+        if name == "update_observed_":
+            continue  # returns nothing
         if name in ("select_pooled", "attention", "attention_backward"):
             arguments = (*arguments[:-1], min_seq)
         with FakeTensorMode() as mode:
@@ -268,6 +272,9 @@ def test_symbolic_sizes_get_no_guard(tail):
     with mode:
         ranges = {"dense_keys": [q.shape[2], k.shape[2]], "dense_queries": [0, q.shape[2]]}
         mask = ops.select_pooled(*_select_arguments(q, k, key_bias, order, 0.1, 16, 8, 4096, **ranges))
+        refresh = mode.from_tensor(torch.tensor(True))
+        selection = ("sum", 0.9, None, 1.0, *ranges.values(), 4096)
+        ops.update_observed_(q, k, mask, key_bias, order, 0.1, 16, 8, *selection, refresh)
         out, _ = ops.attention(q, k, v, mask, key_bias, order, 0.1, 16, 8, tail, 4096)
         dq, *_ = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
         ops.kept_density(mask, key_bias, q.shape[2], k.shape[2], 16, 8)
@@ -341,6 +348,13 @@ SELECT_ONLY = {
     "alpha": ({"alpha": 0.0}, "alpha=0.0 with density=None; give a positive alpha"),
     "alpha-density": ({"alpha": 0.5, "density": 0.3}, "alpha=0.5 with density=0.3; give a positive alpha, or a dens"),
 }
+POOLED_ONLY = ("pool", "gamma", "alpha", "alpha-density")
+OBSERVED_ONLY = {
+    "refresh-number": ({"refresh": torch.tensor(1)}, r"refresh must be a bool scalar .*, got torch.int64 \(\)"),
+    "refresh-vector": ({"refresh": torch.ones(2).bool()}, r"refresh must be a bool scalar on cpu, got .* \(2,\)"),
+    "refresh-device": ({"refresh": torch.tensor(True, device="meta")}, "refresh must be a bool scalar .* on meta"),
+    "mask": ({"mask": torch.zeros(2, 4, 2, 4).int()}, r"mask has shape \(2, 4, 2, 4\), .* need \(2, 4, 3, 4\)"),
+}  # fmt: skip
 ATTENTION_ONLY = {
     "tail": ({"tail": "mean"}, r"tail='mean'; choose one of \('none', 'pooled'\)"),
     "kernel": ({"kernel_name": "triton"}, r"kernel_name='triton'; choose one of \('auto', 'portable', 'hopper'\)"),
@@ -367,6 +381,10 @@ def _bad_call(op, changes):
         usual = {"pool": 16, "top_p": 0.9, "density": None, "max_density": 1.0, "dense_keys": [], "dense_queries": []}
         usual |= {"reduce": "sum", "gamma": None, "alpha": None}
         tensors.pop("v")
+    elif op is ops.update_observed_:
+        usual = {"reduce": "sum", "top_p": 0.9, "density": None, "max_density": 1.0, "dense_keys": []}
+        usual |= {"dense_queries": [], "refresh": torch.tensor(True), "mask": torch.zeros(2, 4, 3, 4).int()}
+        tensors.pop("v")
     else:
         usual = {"mask": torch.zeros(2, 4, 3, 4, dtype=torch.int32), "tail": "none", "kernel_name": "auto"}
     arguments = tensors | shared | usual | {"min_seq": 0}
@@ -375,7 +393,11 @@ def _bad_call(op, changes):
 
 ERRORS = [
     pytest.param(op, *row, id=f"{op._opname}-{name}")
-    for op, tables in ((ops.select_pooled, (BOTH, SELECT_ONLY)), (ops.attention, (BOTH, ATTENTION_ONLY)))
+    for op, tables in (
+        (ops.select_pooled, (BOTH, SELECT_ONLY)),
+        (ops.update_observed_, (BOTH, {k: v for k, v in SELECT_ONLY.items() if k not in POOLED_ONLY}, OBSERVED_ONLY)),
+        (ops.attention, (BOTH, ATTENTION_ONLY)),
+    )
     for table in tables
     for name, row in table.items()
 ]
@@ -388,7 +410,7 @@ def test_error(op, changes, message):
 
 
 def test_good_calls_raise_nothing():
-    for op in (ops.select_pooled, ops.attention):
+    for op in (ops.select_pooled, ops.update_observed_, ops.attention):
         _bad_call(op, {})
 
 

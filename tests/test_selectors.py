@@ -420,6 +420,6 @@ def test_register_refuses(registry):
     register("lowest", torch.ops.fgtest.lowest.default)  # the same again
     assert Settings.parse({"fgattn.mask": "lowest"}).selector is torch.ops.fgtest.lowest.default
     with pytest.raises(
-        ValueError, match=r"must be one of 'pooled', 'dfs', 'static', 'dense', 'lowest'; did you mean 'lo"
+        ValueError, match=r"must be one of 'pooled', 'observed', 'dfs', 'static', 'dense', 'lowest'; did you mean 'lo"
     ):
         Settings.parse({"fgattn.mask": "lowset"})

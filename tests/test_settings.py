@@ -20,6 +20,10 @@ ACCEPTED = [
     ("token_grid", None, None),
     ("dense_first", 0, 0.0),
     ("dense_first", 1, 1.0),
+    ("refresh", "every 16", "every 16"),
+    ("refresh", [9, np.int64(3), 3], (3, 9)),
+    ("refresh", (), ()),
+    ("mask", "observed", "observed"),
     ("tail", "pooled", "pooled"),
     ("kernel", "hopper", "hopper"),
     ("strict", True, True),
@@ -68,6 +72,10 @@ REFUSED = [
     ("fgattn.alpha", True, "must be a positive number or None; got True"),
     ("fgattn.strict", 1, "must be True or False; got 1"),
     ("fgattn.dense_first", -0.1, "'fgattn.dense_first' must be a number in [0, 1]; got -0.1"),
+    ("fgattn.refresh", "every", "must be 'every N', N a number of steps, or a list of steps"),
+    ("fgattn.refresh", "every 0", "must be 'every N', N a number of steps, or a list of steps"),
+    ("fgattn.refresh", [1, -1], "a list of steps, the first of which is 0; got [1, -1]"),
+    ("fgattn.refresh", 8, "got 8"),
     ("fgattn.dense_first", True, "'fgattn.dense_first' must be a number in [0, 1]; got True"),
 ]
 

@@ -26,6 +26,7 @@ from fg_inductor.kernels import (
     attention_forward_hopper,
     column_lists,
     group_means,
+    observe,
     select_cut,
     select_scores,
     work_order,
@@ -36,6 +37,7 @@ POINTERS = {
     "lists_ptr": "*i32", "work_ptr": "*i32", "keys_ptr": "*i32", "clean_keys_ptr": "*i32", "clean_ptr": "*i32",
     "mixed_ptr": "*i32", "order_ptr": "*i32", "mask_ptr": "*i32", "limit_ptr": "*i32", "counts_ptr": "*i32",
     "lse_ptr": "*fp32", "bias_ptr": "*fp32", "score_ptr": "*fp16", "row_ptr": "*i32", "tail_bias_ptr": "*fp32",
+    "refresh_ptr": "*i1", "mass_ptr": "*fp32",
     "group_keys_ptr": "*fp32", "block_keys_ptr": "*fp32", "block_bias_ptr": "*fp32",
     "statistics_ptr": "*fp32", "dk_sum_ptr": "*fp32", "dv_sum_ptr": "*fp32", "dtail_k_ptr": "*fp32",
     "dtail_v_ptr": "*fp32",
@@ -156,6 +158,17 @@ def backward_by_keys(m: int, n: int, d: int) -> dict:
     return resources(attention_backward_keys._attention_bwd_keys, f"{m}x{n} D {d}", constants, num_warps=warps)
 
 
+def observing(m: int, n: int, d: int, *, bias=False, order=False, reduce="sum") -> dict:
+    """``observe._column_mass`` as its launcher configures it."""
+    config = observe.configuration(torch.bfloat16, d)
+    warps, stages = config.pop("num_warps"), config.pop("num_stages")
+    constants = dict(D=d, BLOCK_D=triton.next_power_of_2(d), M=m, N=n, PRECISION="tf32", MAX=reduce == "max", **config)
+    constants |= dict(HAS_BIAS=bias, HAS_ORDER=order)
+    constants |= {name: None for name, there in {"bias_ptr": bias, "order_ptr": order}.items() if not there}
+    flags = "".join(f" {name}" for name, on in (("bias", bias), ("order", order), ("max", reduce == "max")) if on)
+    return resources(observe._column_mass, f"{m}x{n} D {d}{flags}", constants, num_warps=warps, num_stages=stages)
+
+
 def table() -> list[dict]:
     """Every kernel in the variants that matter."""
     rows = [attention(m, 8, 128) for m in (128, 64, 32, 16)]
@@ -181,6 +194,8 @@ def table() -> list[dict]:
     )
     order = dict(BLOCK=work_order.BLOCK, BLOCK_H=16, BLOCK_X=256)
     rows.append(resources(work_order._work_order, "", order, num_warps=4))
+    rows += [observing(128, 8, 128), observing(128, 1, 128), observing(32, 8, 128), observing(128, 8, 64)]
+    rows += [observing(128, 8, 128, bias=True, order=True, reduce="max"), observing(128, 128, 256)]
     means = dict(D=128, BLOCK_D=128, POOL=16, BLOCK_R=8, N=8, BLOCK_G=16)
     means |= dict(HAS_ORDER=True, HAS_BIAS=False, BOOL=False, bias_ptr=None)
     for name, joined in (("", (0, 0)), (" gamma", (8, 1))):
@@ -196,7 +211,7 @@ def table() -> list[dict]:
         constants = scoring | config | dict(P=p, SPLITS=2, WIDE=False, MAX=bool(reduce))
         rows.append(resources(select_scores._scores, f"D 128 P {p}{reduce}", constants, **options))
     choice = dict(M=128, N=8, WIDE=False, HAS_BIAS=False, HAS_ORDER=False, HAS_FORCED=False, HAS_DENSE=False)
-    choice |= dict(order_ptr=None, dense_keys=(), dense_queries=())
+    choice |= dict(order_ptr=None, dense_keys=(), dense_queries=(), refresh_ptr=None, HAS_REFRESH=False)
     for groups in (4095, 32_760, 75_600):
         for name, mass, alpha in (("top-p", True, False), ("density", False, False), ("alpha", False, True)):
             config = select_cut.configuration((groups + 127) // 128 * 4, wide=False)

@@ -1,0 +1,172 @@
+"""The observed masks that are carried from step to step: who owns them, and which one a call is given.
+
+A mask belongs to a site, a layer, a branch of guidance and a shape. The layer is told by the Parameter object of its
+projection: layers share compiled code, a second expert reuses the graphs of the first, and addresses move when weights
+are offloaded. The masks outlive a run, so that the next one finds the same addresses, but nothing else of them:
+whatever was observed for another video is observed anew.
+"""
+
+import logging
+from collections.abc import Hashable
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.utils.weak import TensorWeakRef
+
+from fg_inductor.denoising import Call, Run
+from fg_inductor.passes.state import Stateful
+from fg_inductor.settings import Settings
+
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class _Entry:
+    """The mask of one site of one layer in one branch."""
+
+    weight: TensorWeakRef
+    mask: Tensor
+    graph: str
+    site: int
+    video: object = None  # during which it was observed
+    step: int = 0  # and when
+    call: Call | None = None  # that used it last
+
+
+# (path, index and shape of slices of the site, id of the weight, branch) -> its mask
+_entries: dict[tuple, _Entry] = {}
+_flags: dict[torch.device, tuple[Tensor, list[bool]]] = {}  # device -> the flag that graphs read, and what it says
+_problems: dict[str, str] = {}  # graph -> why a call of it was stateless
+_said: set[tuple[Settings, str]] = set()
+
+
+def forget(model: nn.Module | None = None) -> None:
+    """Free the masks of a model, or all of them."""
+    if model is None:
+        _entries.clear()
+        _flags.clear()
+        _problems.clear()
+        _said.clear()
+        return
+    weights = {id(p) for p in model.parameters()}
+    for key in [key for key, entry in _entries.items() if id(entry.weight()) in weights]:
+        del _entries[key]
+
+
+def size(graph: str, site: int) -> int:
+    """Bytes of the masks that a site of a compiled graph holds, over all layers and branches."""
+    return sum(e.mask.numel() * e.mask.element_size() for e in _entries.values() if (e.graph, e.site) == (graph, site))
+
+
+def problem(graph: str) -> str:
+    """Why calls of a graph had no state; empty where all had."""
+    return _problems.get(graph, "")
+
+
+def say_reasons(settings: Settings, stateful: Stateful) -> None:
+    """Say once why sites of a graph select their masks anew in each call."""
+    for reason in dict.fromkeys(stateful.reasons.values()):
+        if not settings.quiet and (settings, reason) not in _said:
+            _said.add((settings, reason))
+            log.warning("fgattn: 'observed' masks are selected anew in each call, as 'pooled' does: %s.", reason)
+
+
+def is_due(refresh: str | tuple[int, ...], step: int, last: int) -> bool:
+    """Whether a mask observed at step ``last`` is to be observed again at ``step``: ``fgattn.refresh``."""
+    if isinstance(refresh, tuple):
+        return any(last < listed <= step for listed in refresh)
+    return step - last >= int(refresh.removeprefix("every "))
+
+
+class Keeper:
+    """Gives the calls of one compiled graph the masks of their layer and branch, and says whether to refresh them."""
+
+    def __init__(self, settings: Settings, graph: str, stateful: Stateful, paths: dict[int, str], example_inputs):
+        self.settings, self.graph, self.paths = settings, graph, paths
+        self.sites, self.devices = stateful.sites, stateful.devices
+        self._symbols = {i: x.node.expr for i, x in enumerate(example_inputs) if isinstance(x, torch.SymInt)}
+        self._shapes: dict[tuple, list[tuple[int, ...]]] = {}
+
+    def arguments(self, call: Call, args: tuple) -> list[Tensor] | None:
+        """What the graph takes behind ``args``; None where the call must be stateless."""
+        if call.branch is None:
+            self._say_ambiguous(call.run)
+            return None
+        if any(isinstance(args[site.weight], FakeTensor) for site in self.sites):
+            return None  # DDP's graph splitter runs compiled code for its shapes
+        entries = [
+            self._entry(site, args[site.weight], call.branch, shape)
+            for site, shape in zip(self.sites, self._mask_shapes(args), strict=True)
+        ]
+        if any(entry.call is call for entry in entries):
+            _problems[self.graph] = "stateless: a layer runs several times in one call of the model"
+            return None
+        video, step = call.run.video, call.run.index
+        due = any(e.video is not video or is_due(self.settings.refresh, step, e.step) for e in entries)
+        for entry in entries:
+            entry.call = call
+            if due:
+                entry.video, entry.step = video, step
+        _count("refreshed" if due else "reused", len(entries))
+        return [*(entry.mask for entry in entries), *(_flag(device, due) for device in self.devices)]
+
+    def _entry(self, site: Any, weight: Tensor, branch: Hashable, shape: tuple[int, ...]) -> _Entry:
+        key = (self.paths[site.index], site.index, self.settings.slice, id(weight), branch)
+        entry = _entries.get(key)
+        if entry is not None and entry.weight() is weight and entry.mask.shape == shape:
+            entry.graph, entry.site = self.graph, site.index  # a recompiled frame takes over
+            return entry
+        if entry is not None and entry.weight() is weight:
+            log.info("%s: %s tokens in place of %s: its mask is made anew", key[0], shape, tuple(entry.mask.shape))
+        for dead in [k for k, e in _entries.items() if e.weight() is None]:
+            del _entries[dead]
+        with torch.inference_mode(False):
+            mask = torch.zeros(shape, dtype=torch.int32, device=site.mask.device)
+        _entries[key] = _Entry(TensorWeakRef(weight), mask, self.graph, site.index)
+        _count("made", 1)
+        return _entries[key]
+
+    def _mask_shapes(self, args: tuple) -> list[tuple[int, ...]]:
+        sizes = tuple(args[i] for i in self._symbols)
+        if sizes not in self._shapes:
+            known = dict(zip(self._symbols.values(), map(sympy.Integer, sizes), strict=True))
+            self._shapes[sizes] = [
+                tuple(x if isinstance(x, int) else int(x.node.expr.xreplace(known)) for x in site.mask.shape)
+                for site in self.sites
+            ]
+        return self._shapes[sizes]
+
+    def _say_ambiguous(self, run: Run) -> None:
+        """A branch that begins late is not known in its first step; in a second one the inputs do not tell it."""
+        run.ambiguous.add(run.index)
+        if len(run.ambiguous) != 2 or self.graph in _problems:
+            return
+        _problems[self.graph] = "stateless: the branch of guidance can't be told"
+        if not self.settings.quiet:
+            log.warning(
+                "fgattn: which branch of guidance a call of the model belongs to can't be told from its inputs, as no "
+                "other tensor stays the same from step to step: such calls select their masks anew. Call the model "
+                "inside `with run.branch(name):`, run being what fg_inductor.denoising gives."
+            )
+
+
+def _flag(device: torch.device, on: bool) -> Tensor:
+    """The bool scalar that graphs on a device read: one, for the sake of its address, written where it changes."""
+    if device not in _flags:
+        with torch.inference_mode(False):
+            _flags[device] = torch.zeros((), dtype=torch.bool, device=device), [False]
+    flag, now = _flags[device]
+    if now[0] != on:
+        flag.fill_(on)
+        now[0] = on
+    return flag
+
+
+def _count(what: str, number: int) -> None:
+    from torch._dynamo.utils import counters
+
+    counters["fgattn"][f"masks {what}"] += number

@@ -1,0 +1,64 @@
+"""Test utility: a denoising schedule with observed masks in eager mode and plain PyTorch; compiled code must equal it.
+
+with EagerSchedule(model, settings=Settings(mask="observed", slice="16x8"), steps=6, branches=2) as eager:
+    ...                     # the loop; the model's self attention runs the schedule
+eager.refreshes             # how often a mask was observed
+"""
+
+import torch
+from torch import Tensor, nn
+
+from fg_inductor.kernels import reference
+from fg_inductor.settings import Settings
+
+
+class EagerSchedule:
+    """Runs self attention of ``models`` dense, or sparse by ``kernels.reference`` with masks observed now and then.
+
+    A model is called ``branches`` times a step, in the same order; steps are counted over all models.
+    """
+
+    def __init__(self, *models: nn.Module, settings: Settings, steps: int, branches: int = 1):
+        self.models, self.settings, self.branches = models, settings, branches
+        self.dense = max(1, int(settings.dense_first * steps + 0.5)) if settings.dense_first else 0
+        self.masks: dict[tuple, Tensor] = {}
+        self.calls = self.layer = self.refreshes = 0
+        self.model: nn.Module | None = None
+
+    def __enter__(self) -> "EagerSchedule":
+        self._hooks = [model.register_forward_pre_hook(self._begin) for model in self.models]
+        self._hooks += [model.register_forward_hook(self._end) for model in self.models]
+        self._plain = torch.nn.functional.scaled_dot_product_attention
+        torch.nn.functional.scaled_dot_product_attention = self._attend
+        return self
+
+    def __exit__(self, *_) -> None:
+        torch.nn.functional.scaled_dot_product_attention = self._plain
+        for hook in self._hooks:
+            hook.remove()
+
+    def _begin(self, model: nn.Module, _) -> None:
+        self.model, self.layer = model, 0
+        self.calls += 1
+
+    def _end(self, *_) -> None:
+        self.model = None
+
+    def _attend(self, query, key, value, attn_mask=None, **kwargs) -> Tensor:
+        step, branch = divmod(self.calls - 1, self.branches)
+        cross = query.shape[2] != key.shape[2]
+        if self.model is None or cross or step < self.dense:
+            return self._plain(query, key, value, attn_mask, **kwargs)
+        self.layer += 1
+        settings, place = self.settings, (id(self.model), branch, self.layer)
+        shape = (None, None, query.shape[3] ** -0.5, settings.m, settings.n)
+        if place not in self.masks or self._is_due(step):
+            selection = ("sum", settings.top_p, settings.density, settings.max_density)
+            self.masks[place] = reference.observed_mask(query, key, *shape, *selection)
+            self.refreshes += 1
+        return reference.attention(query, key, value, self.masks[place], *shape, settings.tail)[0]
+
+    def _is_due(self, step: int) -> bool:
+        if isinstance(self.settings.refresh, tuple):
+            return step in self.settings.refresh
+        return (step - self.dense) % int(self.settings.refresh.split()[1]) == 0

@@ -1,0 +1,124 @@
+"""Observed masks: the mask of a site becomes an input of the graph, which the graph updates in place.
+
+    mask = select_pooled(q, k, ...)          update_observed_(q, k, mask, ..., refresh)      mask, refresh: new inputs
+    out  = attention(q, k, v, mask, ...) ->  out = attention(q, k, v, mask, ...)
+
+The state is an argument, so whoever calls the compiled graph owns it: one graph serves all the layers that share its
+code. The inputs are marked as static addresses, so that CUDA graphs update the state where it lies instead of copying
+it. Whether to refresh is a value on the device: no guard, no recompile.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._guards import detect_fake_mode
+from torch.fx import GraphModule, Node
+
+from fg_inductor.kernels import ops
+from fg_inductor.passes import provenance
+from fg_inductor.passes.graph import VALUE_KEYS, call, value
+from fg_inductor.passes.program import Program
+
+# What AOTAutograd looks for on an input whose address does not change from call to call.
+STATIC_ADDRESS = {"_dynamo_static_input_type": "unguarded"}
+
+
+@dataclass(frozen=True)
+class StateSite:
+    """A site whose mask is carried: its index, and the place of the weight that tells its layer among the inputs."""
+
+    index: int
+    weight: int
+    mask: Tensor  # fake: shape and device
+
+
+@dataclass
+class Stateful:
+    """A graph with state.
+
+    gm       the graph; behind its own inputs it takes the masks of ``sites``, then a flag for each of ``devices``
+    inputs   example inputs for the new ones
+    reasons  site index -> why it has no state and selects anew in each call
+    """
+
+    gm: GraphModule
+    inputs: list[Tensor] = field(default_factory=list)
+    sites: list[StateSite] = field(default_factory=list)
+    devices: list[torch.device] = field(default_factory=list)
+    reasons: dict[int, str] = field(default_factory=dict)
+
+
+def add_state(gm: GraphModule, example_inputs: list[Any]) -> Stateful:
+    """Give the sites of a rewritten graph state, in place."""
+    program, result = Program(gm), Stateful(gm)
+    inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
+    found = []
+    for node in program.nodes:
+        if node.target is ops.attention and "fgattn_site" in node.meta:
+            index, weight = node.meta["fgattn_site"], _layer_weight(program, node)
+            if reason := _refusal(gm, node, weight):
+                result.reasons[index] = reason
+            else:
+                result.sites.append(StateSite(index, inputs.index(weight), value(node.args[3])))
+                found.append(node)
+    last, mode = inputs[-1], detect_fake_mode(example_inputs)
+
+    def add_input(name: str, example: Tensor) -> Node:
+        nonlocal last
+        with gm.graph.inserting_after(last):
+            last = gm.graph.placeholder(name)
+        last._dynamo_source = None
+        last.meta |= {VALUE_KEYS[0]: example, "tensor_dict": dict(STATIC_ADDRESS)}
+        # Example inputs belong to another fake mode than the values of nodes.
+        with mode:
+            result.inputs.append(torch.empty(example.shape, dtype=example.dtype, device=example.device))
+        return last
+
+    masks = [add_input(f"fgattn_mask_{site.index}", site.mask) for site in result.sites]
+    flags = {}
+    for node in found:
+        device = value(node.args[0]).device
+        if device not in flags:
+            with value(node.args[0]).fake_mode:
+                flag = torch.empty((), dtype=torch.bool, device=device)
+            flags[device] = add_input(f"fgattn_refresh_{len(flags)}", flag)
+    result.devices = list(flags)
+    for node, mask in zip(found, masks, strict=True):
+        select = node.args[3]
+        given = _by_name(select)
+        names = ("scale", "m", "n", "reduce", "top_p", "density", "max_density", "dense_keys", "dense_queries")
+        rest = [given.get(name, "sum" if name == "reduce" else None) for name in names]
+        arguments = (given["q"], given["k"], mask, given["key_bias"], given["order"], *rest, given["min_seq"])
+        with gm.graph.inserting_before(select):
+            flag = flags[value(node.args[0]).device]
+            call(gm.graph, ops.update_observed_, (*arguments, flag), node, cast=value(node)[0].dtype)
+        select.replace_all_uses_with(mask)
+        gm.graph.erase_node(select)
+    gm.graph.lint()
+    gm.recompile()
+    return result
+
+
+def _refusal(gm: GraphModule, node: Node, weight: Node | None) -> str | None:
+    if node.graph is not gm.graph:
+        return "inside a checkpointed region"
+    if value(node)[0].requires_grad:
+        return "gradients are computed, and observed masks are for inference"
+    if weight is None or weight.graph is not gm.graph:
+        return "no weight among the inputs of the graph tells the layer"
+    return None
+
+
+def _layer_weight(program: Program, node: Node) -> Node | None:
+    """The input that holds the weight of the projection that made q: it tells a layer from others with the same code.
+
+    The first one where there are several (joint attention, adapters).
+    """
+    found = (weight for x in provenance.projections(program, node.args[0]) for weight in program.weight_inputs(x))
+    return min(found, key=program.nodes.index, default=None)
+
+
+def _by_name(node: Node) -> dict[str, Any]:
+    return dict(zip((a.name for a in node.target._schema.arguments), node.args, strict=False))

@@ -1,0 +1,288 @@
+"""Observed masks: the exact mass against dense softmax, the operator, and the portable kernels against the reference.
+
+The kernels' products are in the dtype of q, accumulated in float32, so a mask may differ from the exact one in groups
+whose mass lies at the cut, closer to it than plain PyTorch errs in float32; nowhere else.
+"""
+
+import importlib.util
+import math
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from fg_inductor.kernels import ops, reference
+from fg_inductor.kernels.mask import GROUPS, SLICES, group_count, slice_count, unpack, word_count
+from fg_inductor.testing import make_key_bias, make_qkv
+
+CUDA = torch.cuda.is_available()
+DTYPES = (torch.bfloat16, torch.float16, torch.float32) if CUDA else (torch.float32,)
+
+
+@dataclass(frozen=True)
+class Case:
+    id: str
+    m: int = 64
+    n: int = 8
+    batch: int = 1
+    heads: int = 2
+    kv_heads: int = 2
+    queries: int = 150
+    keys: int = 300
+    dim: int = 64
+    reduce: str = "sum"
+    top_p: float = 0.7
+    density: float | None = None
+    max_density: float = 1.0
+    bias: str | None = None
+    ordered: bool = False
+    dense_keys: tuple = ()
+    dense_queries: tuple = ()
+    spread: float = 1.0
+
+    def __str__(self):
+        return self.id
+
+
+CASES = (
+    Case("top-p"),
+    Case("density", density=0.3),
+    Case("max", reduce="max", density=0.3),
+    Case("max-peaked", reduce="max", spread=30.0, m=32),  # the mass of one query decides
+    Case("max-density", max_density=0.2),
+    Case("peaked", spread=30.0, n=1),  # few groups hold all the mass; exp overflows unless the maximum is subtracted
+    Case("single-keys", m=128, n=1, density=0.25),
+    Case("whole-blocks", m=128, n=128, keys=700, density=0.5),
+    Case("m16", m=16, queries=100),  # eight slices a program, the last ones without a query
+    Case("m32-one-query", m=32, queries=1, keys=129),
+    Case("gqa", heads=4, kv_heads=2),
+    Case("batch-ordered", batch=2, ordered=True, dim=96),
+    Case("dim-256", dim=256, queries=70, keys=100),
+    Case("padding", batch=2, keys=420, bias="padding"),  # masked groups, one straddled
+    Case("padding-density", batch=2, keys=420, bias="padding", n=1, density=0.4),  # the share of what is not masked
+    Case("float-bias", bias="float", n=16),
+    Case("entry", batch=2, bias="entry"),  # nothing to select from
+    Case("ranges", dense_keys=(0, 10, 290, 300), dense_queries=(140, 150), density=0.2, n=16),
+    Case("ranges-ordered", dense_keys=(37, 38), dense_queries=(0, 1), ordered=True),
+)
+cases = pytest.mark.parametrize("case", CASES, ids=str)
+
+
+def arguments(case: Case, dtype=torch.float32, device="cpu"):
+    """q, k, and what stands between mask and refresh in the operator."""
+    q, k, _ = make_qkv(
+        case.batch, case.heads, case.kv_heads, case.queries, case.keys, case.dim,
+        dtype=dtype, device=device, spread=case.spread,
+    )  # fmt: skip
+    bias = make_key_bias(case.bias, case.batch, case.keys, dtype)
+    bias = bias if bias is None else bias.to(device)
+    order = None
+    if case.ordered:
+        order = torch.randperm(case.queries, generator=torch.Generator().manual_seed(1)).to(device, torch.int32)
+    selection = (case.top_p, case.density, case.max_density, list(case.dense_keys), list(case.dense_queries))
+    return q, k, (bias, order, case.dim**-0.5, case.m, case.n, case.reduce, *selection)
+
+
+def empty_mask(case: Case, device="cpu", value=0):
+    shape = case.batch, case.heads, slice_count(case.queries, case.m), word_count(case.keys, case.n)
+    return torch.full(shape, value, dtype=torch.int32, device=device)
+
+
+def dense_mass(q, k, bias, order, scale, m, n, reduce):
+    """[B, Hq, T, G] by torch's softmax over whole rows; keys that are masked hold nothing."""
+    k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
+    logits = q @ k.mT * scale
+    if bias is not None:
+        bias = torch.where(bias, 0.0, -math.inf) if bias.dtype == torch.bool else bias.to(q.dtype)
+        logits = logits + torch.where(bias < -1000, -math.inf, bias)[:, None, None]
+    p = logits.softmax(-1).nan_to_num(0)  # NaN: all keys of an entry are masked
+    p = p if order is None else p[:, :, order.long()]
+    slices = [x.sum(2) if reduce == "sum" else x.amax(2) for x in p.split(m, 2)]
+    return torch.stack([torch.stack([g.sum(-1) for g in x.split(n, -1)], -1) for x in slices], 2)
+
+
+# The reference
+
+
+@cases
+def test_reference_mass(case):
+    q, k, rest = arguments(case, torch.float64)
+    bias, order, scale, m, n, reduce, *_ = rest
+    rows = torch.arange(case.queries) if order is None else order.long()
+    bias_row = reference.normalise_key_bias(bias, torch.float64)
+    mass = reference.column_mass(q, k, bias_row, rows, scale, m, n, reduce)
+    torch.testing.assert_close(mass, dense_mass(q, k, bias, order, scale, m, n, reduce))
+
+
+@cases
+def test_reference_in_chunks(case):
+    """A slice at a time or all at once: the same bits are chosen."""
+    q, k, rest = arguments(case)
+    whole = reference.observed_mask(q, k, *rest)
+    assert torch.equal(reference.observed_mask(q, k, *rest, chunk_elements=1), whole)
+
+
+def test_top_p_is_reached_and_no_group_too_many():
+    case = CASES[0]
+    q, k, rest = arguments(case, torch.float64)
+    keep = unpack(reference.observed_mask(q, k, *rest), group_count(case.keys, case.n))
+    mass = dense_mass(q, k, *rest[:6])
+    kept = torch.where(keep, mass, 0)
+    share = kept.sum(-1) / mass.sum(-1)
+    smallest = torch.where(keep, mass, math.inf).amin(-1) / mass.sum(-1)
+    assert (share >= case.top_p).all() and (share - smallest < case.top_p).all()
+    assert (torch.where(keep, mass, math.inf).amin(-1) >= torch.where(keep, 0, mass).amax(-1)).all()
+
+
+# The operator
+
+
+@cases
+def test_refreshes_only_when_told(case, poison):
+    q, k, rest = arguments(case)
+    mask = empty_mask(case, value=7)
+    address = mask.data_ptr()
+    ops.update_observed_(q, k, mask, *rest, 0, torch.tensor(False))
+    assert (mask == 7).all()
+    ops.update_observed_(q, k, mask, *rest, 0, torch.tensor(True))
+    assert torch.equal(mask, reference.observed_mask(q, k, *rest))
+    assert mask.data_ptr() == address
+
+
+def test_below_min_seq_the_mask_stays():
+    q, k, rest = arguments(CASES[0])
+    mask = empty_mask(CASES[0], value=7)
+    ops.update_observed_(q, k, mask, *rest, 151, torch.tensor(True))
+    assert (mask == 7).all()
+
+
+def test_autocast_takes_the_ambient_dtype():
+    q, k, rest = arguments(CASES[0])
+    mask, expected = empty_mask(CASES[0]), empty_mask(CASES[0])
+    with torch.autocast("cpu", torch.bfloat16):
+        ops.update_observed_(q, k.bfloat16(), mask, *rest, 0, torch.tensor(True))
+    ops.update_observed_(q.bfloat16(), k.bfloat16(), expected, *rest, 0, torch.tensor(True))
+    assert torch.equal(mask, expected)
+
+
+@pytest.mark.parametrize("inner", ["aot_eager", "inductor"])
+def test_is_in_place_in_compiled_code(inner):
+    """The buffer itself is written, and what reads it afterwards sees the new mask."""
+    case = CASES[1]
+    q, k, rest = arguments(case)
+
+    def run(q, k, mask, refresh):
+        ops.update_observed_(q, k, mask, *rest, 0, refresh)
+        return ops.attention(q, k, k, mask, *rest[:5], "none", 0)[0]
+
+    compiled = torch.compile(run, backend=inner, fullgraph=True)
+    mask, expected = empty_mask(case), empty_mask(case)
+    address = mask.data_ptr()
+    for scale, refresh in ((1, True), (-1, False), (2, True)):
+        actual = compiled(scale * q, k, mask, torch.tensor(refresh))
+        torch.testing.assert_close(actual, run(scale * q, k, expected, torch.tensor(refresh)))
+        assert torch.equal(mask, expected) and mask.data_ptr() == address
+    assert mask.any()
+
+
+# The kernels
+
+
+def check(case: Case, dtype, device):
+    from fg_inductor.kernels import observe
+
+    q, k, rest = arguments(case, dtype, device)
+    bias, order, scale, m, n, reduce, *_ = rest
+    mask = empty_mask(case, device, value=-1)
+    observe.launch(q, k, mask, *rest, torch.tensor(True, device=device))
+    groups = group_count(case.keys, n)
+    assert not unpack(mask, mask.shape[-1] * 32)[..., groups:].any(), "unused bits must be 0"
+    keep = unpack(mask, groups)
+    exact_keep = unpack(reference.observed_mask(q.double(), k.double(), *rest), groups)
+    mass = dense_mass(q.double(), k.double(), bias, order, scale, m, n, reduce)
+    shift = (q.float() @ k.float().repeat_interleave(q.shape[1] // k.shape[1], 1).mT * scale).double()
+    shift -= q.double() @ k.double().repeat_interleave(q.shape[1] // k.shape[1], 1).mT * scale
+    # A logit off by x moves a probability by at most the factor exp(2x); a sum rounds once for each halving.
+    rounding = (8 + (m * n).bit_length()) * torch.finfo(torch.float32).eps
+    budget = 2 * mass * (torch.tensor(2 * shift.abs().max().item()).exp().item() - 1 + rounding)
+    differ = keep != exact_keep
+    cut = torch.where(exact_keep, mass, torch.inf).amin(-1, keepdim=True)
+    above = torch.where(exact_keep, -torch.inf, mass).amax(-1, keepdim=True)
+    far = ((mass - cut).abs() > budget) & ((mass - above).abs() > budget)
+    assert not (differ & far).any(), f"{(differ & far).sum()} groups differ that are not at the cut"
+    if case.density is not None and not case.dense_keys:
+        assert torch.equal(keep.sum(-1), exact_keep.sum(-1))
+
+
+kernels = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
+
+
+@kernels
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@cases
+def test_kernels(case, dtype, device, poison):
+    check(case, dtype, device)
+
+
+@kernels
+@pytest.mark.gpu
+@pytest.mark.parametrize("n", GROUPS)
+@pytest.mark.parametrize("m", SLICES)
+def test_kernels_with_every_slice_shape(m, n, device, poison):
+    check(Case(f"{m}x{n}", m=m, n=n, queries=1000, keys=1100, dim=128), torch.bfloat16, device)
+
+
+@kernels
+def test_kernels_with_heads_in_chunks(device, poison, monkeypatch):
+    from fg_inductor.kernels import observe
+
+    monkeypatch.setattr(observe, "MASS_BYTES", 1)
+    check(replace(CASES[1], batch=2, heads=4), torch.float32, device)
+
+
+@kernels
+@pytest.mark.parametrize("reduce", ["sum", "max"])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
+def test_kernels_keep_what_is_not_finite(value, reduce, device, poison):
+    """A key with a NaN is kept by every slice; a query with one makes its slice keep everything; the rest stays."""
+    from fg_inductor.kernels import observe
+
+    q, k, rest = arguments(replace(CASES[1], n=1, keys=150, reduce=reduce), torch.float32, device)
+    for tensor, place in ((k, (0, 0, 77, 3)), (q, (0, 1, 70, 3))):
+        tensor[place] = value
+        mask = empty_mask(replace(CASES[1], n=1, keys=150), device)
+        observe.launch(q, k, mask, *rest, torch.tensor(True, device=device))
+        assert torch.equal(mask, reference.observed_mask(q, k, *rest))
+        tensor[place] = 0
+    assert value == torch.inf or unpack(mask, 150)[0, 1, 1].all()
+    assert not unpack(mask, 150)[0, 1, 0].all()
+
+
+@kernels
+def test_kernels_end_at_once_without_a_refresh(device):
+    """They read nothing but the flag: not even NaN inputs change the mask."""
+    from fg_inductor.kernels import observe
+
+    q, k, rest = arguments(CASES[0], torch.float32, device)
+    mask = empty_mask(CASES[0], device, value=7)
+    observe.launch(q.fill_(torch.nan), k, mask, *rest, torch.tensor(False, device=device))
+    assert (mask == 7).all()
+
+
+@pytest.mark.gpu
+def test_captured_by_a_cuda_graph(device):
+    """The flag and the inputs are read at replay."""
+    q, k, rest = arguments(CASES[0], torch.bfloat16, device)
+    mask, refresh = empty_mask(CASES[0], device), torch.tensor(True, device=device)
+    ops.update_observed_(q, k, mask, *rest, 0, refresh)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        ops.update_observed_(q, k, mask, *rest, 0, refresh)
+    for told in (True, False):
+        mask.fill_(7)
+        refresh.fill_(told)
+        k.neg_()
+        graph.replay()
+        expected = empty_mask(CASES[0], device, value=7)
+        ops.update_observed_(q, k, expected, *rest, 0, refresh)
+        assert torch.equal(mask, expected) and (mask == 7).all() != told
