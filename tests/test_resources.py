@@ -53,7 +53,8 @@ def test_hot_loops_do_not_spill(rows):
         # Counted over the loop around, which fills the pipeline anew for each query head.
         ("_attention_bwd_keys", "128x64 D 128"): 32,
         ("_attention_bwd_keys", "128x8 D 128"): 48,
-        # A row of 75,600 groups fills the register file: Triton 3.6 reloads nothing in the loop, 3.9 a tenth of it.
+        # A long row of groups fills the register file: Triton 3.6 reloads nothing in the loop, 3.9 up to a tenth of it.
+        ("_cut", "32760 groups top-p"): 16,
         ("_cut", "75600 groups top-p"): 80,
         ("_cut", "75600 groups density"): 80,
     }
