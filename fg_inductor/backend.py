@@ -164,7 +164,8 @@ def rewrite(gm: GraphModule, options: dict[str, Any] | None = None) -> Report:
         print(fg_inductor.rewrite(gm, {"fgattn.top_p": 0.9}))
 
     ``torch.export`` knows no backends, so the graph is rewritten behind it; it can be run, compiled, or exported again.
-    Options of Inductor are refused: nothing is compiled here. Raises TypeError for anything but a GraphModule.
+    Options of Inductor and of denoising steps are refused: nothing is compiled or counted here. Raises TypeError for
+    anything but a GraphModule.
     """
     if not isinstance(gm, GraphModule):
         hint = "pass program.module()" if isinstance(gm, torch.export.ExportedProgram) else "export or trace it first"
@@ -172,6 +173,11 @@ def rewrite(gm: GraphModule, options: dict[str, Any] | None = None) -> Report:
     settings, patches = read_options(None, options)
     if patches:
         raise ValueError(f"fg_inductor.rewrite compiles nothing, so that {', '.join(patches)} would have no effect.")
+    if settings.mask == "observed" or settings.dense_first:
+        raise ValueError(
+            "fg_inductor.rewrite: a graph alone has neither steps nor state, so that the mask 'observed' and "
+            "'fgattn.dense_first' need the backend; leave them out."
+        )
     rows = rewrite_graph(gm, settings, "exported")
     _check_strict(rows, settings)
     return Report(rows)

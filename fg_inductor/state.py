@@ -37,7 +37,7 @@ class _Entry:
     call: Call | None = None  # that used it last
 
 
-# (path, index and shape of slices of the site, id of the weight, branch) -> its mask
+# (path and index of the site, settings, id of the weight, branch) -> its mask
 _entries: dict[tuple, _Entry] = {}
 _flags: dict[torch.device, tuple[Tensor, list[bool]]] = {}  # device -> the flag that graphs read, and what it says
 _problems: dict[str, str] = {}  # graph -> why a call of it was stateless
@@ -115,7 +115,7 @@ class Keeper:
         return [*(entry.mask for entry in entries), *(_flag(device, due) for device in self.devices)]
 
     def _entry(self, site: Any, weight: Tensor, branch: Hashable, shape: tuple[int, ...]) -> _Entry:
-        key = (self.paths[site.index], site.index, self.settings.slice, id(weight), branch)
+        key = (self.paths[site.index], site.index, self.settings, id(weight), branch)
         entry = _entries.get(key)
         if entry is not None and entry.weight() is weight and entry.mask.shape == shape:
             entry.graph, entry.site = self.graph, site.index  # a recompiled frame takes over

@@ -8,14 +8,15 @@ eager.refreshes             # how often a mask was observed
 import torch
 from torch import Tensor, nn
 
-from fg_inductor.kernels import reference
+from fg_inductor.kernels import ops, reference
 from fg_inductor.settings import Settings
 
 
 class EagerSchedule:
     """Runs self attention of ``models`` dense, or sparse by ``kernels.reference`` with masks observed now and then.
 
-    A model is called ``branches`` times a step, in the same order; steps are counted over all models.
+    A model is called ``branches`` times a step, in the same order; steps are counted over all models. Query order is
+    that of ``settings.token_grid`` where it is given, else none.
     """
 
     def __init__(self, *models: nn.Module, settings: Settings, steps: int, branches: int = 1):
@@ -51,9 +52,12 @@ class EagerSchedule:
             return self._plain(query, key, value, attn_mask, **kwargs)
         self.layer += 1
         settings, place = self.settings, (id(self.model), branch, self.layer)
-        shape = (None, None, query.shape[3] ** -0.5, settings.m, settings.n)
+        order = None
+        if isinstance(settings.token_grid, tuple):
+            order = ops.query_order(*settings.token_grid, 0, 0, settings.m, query.device)
+        shape = (None, order, query.shape[3] ** -0.5, settings.m, settings.n)
         if place not in self.masks or self._is_due(step):
-            selection = ("sum", settings.top_p, settings.density, settings.max_density)
+            selection = (settings.reduce, settings.top_p, settings.density, settings.max_density)
             self.masks[place] = reference.observed_mask(query, key, *shape, *selection)
             self.refreshes += 1
         return reference.attention(query, key, value, self.masks[place], *shape, settings.tail)[0]

@@ -110,8 +110,10 @@ def test_rewrite_exported_attention_by_hand_of_any_length():
         (None, {"fgattn.dentisy": 1}, ValueError, "did you mean"),
         (None, {"max_autotune": True}, ValueError, "max_autotune would have no effect"),
         (None, {**SHORT, "fgattn.strict": True}, RuntimeError, "can't be rewritten"),
+        (None, {"fgattn.mask": "observed"}, ValueError, "neither steps nor state"),
+        (None, {"fgattn.dense_first": 0.2}, ValueError, "neither steps nor state"),
     ],
-    ids=["module", "program", "unknown option", "option of Inductor", "strict"],
+    ids=["module", "program", "unknown option", "option of Inductor", "strict", "observed", "dense first"],
 )
 def test_rewrite_refuses(argument, options, error, message):
     if argument is None:

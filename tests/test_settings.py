@@ -126,6 +126,8 @@ def test_accepts_static():
 def test_refuses_two_rules_for_how_much_to_keep():
     with pytest.raises(ValueError, match=r"fgattn: alpha=0.5 and density=0.3 both say how much to keep; give one."):
         Settings.parse({"fgattn.alpha": 0.5, "fgattn.density": 0.3})
+    with pytest.raises(ValueError, match=r"fgattn: alpha=0.5 is a rule for estimates; with mask='observed' give top_p"):
+        Settings.parse({"fgattn.alpha": 0.5, "fgattn.mask": "observed"})
 
 
 def test_defaults_pass_their_own_checks():

@@ -106,6 +106,7 @@ SCHEDULES = {
     "every-4-dense-first": ({"fgattn.refresh": "every 4", "fgattn.dense_first": 0.3}, 1),
     "listed": ({"fgattn.refresh": [3], "fgattn.dense_first": 0.2}, 2),
     "once": ({"fgattn.refresh": []}, 1),
+    "max-in-order": ({"fgattn.reduce": "max", "fgattn.token_grid": (2, 8, 8), "fgattn.refresh": "every 3"}, 2),
     "top-p-tail": ({"fgattn.density": None, "fgattn.top_p": 0.6, "fgattn.tail": "pooled"}, 1),
 }
 
