@@ -17,6 +17,7 @@ LIST_BYTES, so the workspace does not grow with the number of heads. Meaning: ``
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 import triton
@@ -198,6 +199,33 @@ def heads_at_once(mask: Tensor, keys: int, n: int, slices: int = 1) -> int:
     return max(1, min(heads, LIST_BYTES // one))
 
 
+class Prepared(NamedTuple):
+    """What every schedule of the forward pass needs beside its lists."""
+
+    out: Tensor  # [B, Hq, Sq, D], BSHD storage
+    lse: Tensor  # [B, Hq, Sq] float32
+    bias: Tensor | None  # [B, Sk] float32
+    padding: bool  # bias holds nothing but 0 and -inf
+    blocks: int  # of the pooled tail; 0 without one
+    tail_k: Tensor | None  # [B, Hkv, blocks, D]
+    tail_v: Tensor | None
+
+
+def prepare(q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor | None, tail: str) -> Prepared:
+    """Allocate the results, and make the bias and the summaries; arguments as in ``kernels.ops``."""
+    batch, heads, queries, dim = q.shape
+    out = q.new_empty(batch, queries, heads, dim).transpose(1, 2)
+    lse = q.new_empty(batch, heads, queries, dtype=torch.float32)
+    bias = normalise_key_bias(key_bias, torch.float32)
+    padding = key_bias is not None and key_bias.dtype == torch.bool
+    if tail == "none":
+        return Prepared(out, lse, bias, padding, 0, None, None)
+    blocks = group_count(k.shape[2], SUMMARY)
+    return Prepared(
+        out, lse, bias, padding, blocks, *(group_means.launch(x, SUMMARY, blocks, bias=bias) for x in (k, v))
+    )
+
+
 def launch(
     q: Tensor,
     k: Tensor,
@@ -215,15 +243,7 @@ def launch(
     B, Hq, Sq, D = q.shape
     Sk, T, G = k.shape[2], mask.shape[2], group_count(k.shape[2], n)
     share = Hq // k.shape[1]
-    out = q.new_empty(B, Sq, Hq, D).transpose(1, 2)
-    lse = q.new_empty(B, Hq, Sq, dtype=torch.float32)
-    bias = normalise_key_bias(key_bias, torch.float32)
-    padding = key_bias is not None and key_bias.dtype == torch.bool
-    tail_k = tail_v = None
-    blocks = 0
-    if tail == "pooled":
-        blocks = group_count(Sk, SUMMARY)
-        tail_k, tail_v = (group_means.launch(x, SUMMARY, blocks, bias=bias) for x in (k, v))
+    out, lse, bias, padding, blocks, tail_k, tail_v = prepare(q, k, v, key_bias, tail)
     config = configuration(q.dtype, D, m) | {"WIDE": max(k.stride(2), v.stride(2)) * Sk >= 1 << 31} | override
     heads = heads_at_once(mask, Sk, n)
     for first in range(0, Hq, heads):

@@ -30,7 +30,7 @@ from fg_inductor.kernels.mask import group_count, pack
 from fg_inductor.kernels.reference import SUMMARY, group_statistics
 
 BLOCK = 4096
-ID_BITS = tl.constexpr(24)
+ID_BITS = tl.constexpr(24)  # of a list entry; above them, one bit for each slice of the tile
 
 
 @triton.jit

@@ -204,7 +204,7 @@ def _lists_ms(mask: Tensor, keys: int, dim: int, m: int, n: int, kernel: str) ->
     if kernel == "hopper":
         from fg_inductor.kernels import attention_forward_hopper as schedule
 
-        slices = schedule.slices_of_a_tile(dim, m)
+        slices = schedule.slices_of_a_tile(schedule.configuration(dim, m), m)
     else:
         from fg_inductor.kernels import attention_forward as schedule
 
