@@ -106,7 +106,7 @@ def producer(
     index, keys, clean = load_work(place, work_ptr)
     entry = _entries(lists_ptr + index.to(gl.int64) * G, 0, keys, N, BLOCK_N, rows)
     while place < ITEMS:
-        # Not carried over from the iteration before: Triton 3.6 then keeps the first value as the bound of the loop below.
+        # Not carried over from the iteration before: Triton 3.6 keeps the first value as a bound of the loops below.
         full, listed, total = count_tiles(keys, clean, J, BLOCK_N, TAIL)
         h, b = first_head + index // X % heads, (index // X // heads).to(gl.int64)
         h_kv = (h // SHARE).to(gl.int64)

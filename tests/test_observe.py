@@ -6,42 +6,18 @@ whose mass lies at the cut, closer to it than plain PyTorch errs in float32; now
 
 import importlib.util
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import pytest
 import torch
 
 from fg_inductor.kernels import ops, reference
 from fg_inductor.kernels.mask import GROUPS, SLICES, group_count, slice_count, unpack, word_count
-from fg_inductor.testing import make_key_bias, make_qkv
+from fg_inductor.testing_selection import SelectionCase as Case
+from fg_inductor.testing_selection import assert_differs_at_the_cut_only
 
 CUDA = torch.cuda.is_available()
 DTYPES = (torch.bfloat16, torch.float16, torch.float32) if CUDA else (torch.float32,)
-
-
-@dataclass(frozen=True)
-class Case:
-    id: str
-    m: int = 64
-    n: int = 8
-    batch: int = 1
-    heads: int = 2
-    kv_heads: int = 2
-    queries: int = 150
-    keys: int = 300
-    dim: int = 64
-    reduce: str = "sum"
-    top_p: float = 0.7
-    density: float | None = None
-    max_density: float = 1.0
-    bias: str | None = None
-    ordered: bool = False
-    dense_keys: tuple = ()
-    dense_queries: tuple = ()
-    spread: float = 1.0
-
-    def __str__(self):
-        return self.id
 
 
 CASES = (
@@ -70,17 +46,8 @@ cases = pytest.mark.parametrize("case", CASES, ids=str)
 
 def arguments(case: Case, dtype=torch.float32, device="cpu"):
     """q, k, and what stands between mask and refresh in the operator."""
-    q, k, _ = make_qkv(
-        case.batch, case.heads, case.kv_heads, case.queries, case.keys, case.dim,
-        dtype=dtype, device=device, spread=case.spread,
-    )  # fmt: skip
-    bias = make_key_bias(case.bias, case.batch, case.keys, dtype)
-    bias = bias if bias is None else bias.to(device)
-    order = None
-    if case.ordered:
-        order = torch.randperm(case.queries, generator=torch.Generator().manual_seed(1)).to(device, torch.int32)
-    selection = (case.top_p, case.density, case.max_density, list(case.dense_keys), list(case.dense_queries))
-    return q, k, (bias, order, case.dim**-0.5, case.m, case.n, case.reduce, *selection)
+    q, k, bias, order = case.inputs(dtype, device)
+    return q, k, (bias, order, case.dim**-0.5, case.m, case.n, case.reduce, *case.selection)
 
 
 def empty_mask(case: Case, device="cpu", value=0):
@@ -205,11 +172,7 @@ def check(case: Case, dtype, device):
     # A logit off by x moves a probability by at most the factor exp(2x); a sum rounds once for each halving.
     rounding = (8 + (m * n).bit_length()) * torch.finfo(torch.float32).eps
     budget = 2 * mass * (torch.tensor(2 * shift.abs().max().item()).exp().item() - 1 + rounding)
-    differ = keep != exact_keep
-    cut = torch.where(exact_keep, mass, torch.inf).amin(-1, keepdim=True)
-    above = torch.where(exact_keep, -torch.inf, mass).amax(-1, keepdim=True)
-    far = ((mass - cut).abs() > budget) & ((mass - above).abs() > budget)
-    assert not (differ & far).any(), f"{(differ & far).sum()} groups differ that are not at the cut"
+    assert_differs_at_the_cut_only(keep, exact_keep, mass, budget)
     if case.density is not None and not case.dense_keys:
         assert torch.equal(keep.sum(-1), exact_keep.sum(-1))
 

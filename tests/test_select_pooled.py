@@ -11,7 +11,8 @@ import torch
 
 from fg_inductor.kernels import reference, select_cut, select_pooled, select_scores
 from fg_inductor.kernels.mask import GROUPS, SLICES, group_count, unpack
-from fg_inductor.testing import make_key_bias, make_qkv
+from fg_inductor.testing import make_qkv
+from fg_inductor.testing_selection import SelectionCase, assert_differs_at_the_cut_only
 
 CUDA = torch.cuda.is_available()
 # Triton's interpreter has no bfloat16 products.
@@ -19,31 +20,12 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32) if CUDA else (torch.floa
 
 
 @dataclass(frozen=True)
-class Case:
-    id: str
-    m: int = 64
-    n: int = 8
+class Case(SelectionCase):
     pool: int = 16
-    batch: int = 1
-    heads: int = 2
-    kv_heads: int = 2
-    queries: int = 150
-    keys: int = 300
-    dim: int = 64
-    top_p: float = 0.7
-    density: float | None = None
-    max_density: float = 1.0
-    bias: str | None = None
-    ordered: bool = False
-    dense_keys: tuple = ()
-    dense_queries: tuple = ()
-    reduce: str = "sum"
     gamma: float | None = None
     alpha: float | None = None
-    spread: float = 1.0
 
-    def __str__(self):
-        return self.id
+    __str__ = SelectionCase.__str__
 
 
 CASES = (
@@ -96,17 +78,8 @@ CASES = (
 
 
 def arguments(case: Case, dtype, device):
-    q, k, _ = make_qkv(
-        case.batch, case.heads, case.kv_heads, case.queries, case.keys, case.dim,
-        dtype=dtype, device=device, spread=case.spread,
-    )  # fmt: skip
-    bias = make_key_bias(case.bias, case.batch, case.keys, dtype)
-    bias = bias if bias is None else bias.to(device)
-    order = None
-    if case.ordered:
-        order = torch.randperm(case.queries, generator=torch.Generator().manual_seed(1)).to(device, torch.int32)
-    selection = (case.top_p, case.density, case.max_density, list(case.dense_keys), list(case.dense_queries))
-    selection = (*selection, case.reduce, case.gamma, case.alpha)
+    q, k, bias, order = case.inputs(dtype, device)
+    selection = (*case.selection, case.reduce, case.gamma, case.alpha)
     return (q, k, bias, order, case.dim**-0.5, case.m, case.n, case.pool), selection
 
 
@@ -146,14 +119,10 @@ def check(case: Case, dtype, device):
     assert (keep | ~unknown).all(), "a group without a score was dropped"
     score = score.nan_to_num(torch.inf)
     budget = 2 * score_error(scoring, score)
-    differ = keep != exact_keep
+    differ = assert_differs_at_the_cut_only(keep, exact_keep, score, budget)
     if dtype == torch.float32:  # whose errors are far below the gaps between these scores
         assert not differ.any(), f"{differ.sum()} groups differ"
     assert not (keep & ~valid[:, None, None]).any(), "a masked group was kept"
-    cut = torch.where(exact_keep, score, torch.inf).amin(-1, keepdim=True)
-    above = torch.where(exact_keep, -torch.inf, score).amax(-1, keepdim=True)
-    far = ((score - cut).abs() > budget) & ((score - above).abs() > budget)
-    assert not (differ & far).any(), f"{(differ & far).sum()} groups differ that are not at the cut"
     if case.density is not None and not case.dense_keys and case.gamma is None:
         assert torch.equal(keep.sum(-1), exact_keep.sum(-1))
     return differ.sum().item()
