@@ -10,7 +10,7 @@ bias       [B, Sk]           float32, -inf where a key is masked, or None
 order      [Sq]              int32: row i of query order is token order[i]; out and lse are in token order; or None
 tail_k, v  [B, Hkv, J, D]    summaries of the 128-key blocks, tail_bias [B, H, T, J] (base 2; -inf: none dropped)
 lse        [B, Hq, Sq]       float32, natural log
-Grid       as many CTAs as the GPU holds at once; each draws its next tile when it has room for it
+Grid       as many CTAs as the GPU holds at once; each draws its tiles, two ahead
 
 A CTA attends for one tile of queries at a time: CONSUMERS x 64 rows of query order, X tiles a head. One of its
 warpgroups, the producer, gathers the listed rows of K and V into swizzled shared memory (16-byte cp.async, STAGES tiles
@@ -142,7 +142,7 @@ def configuration(d: int, m: int) -> dict:
     if m == 64:  # two CTAs share a multiprocessor
         tile = {"CONSUMERS": 1, "BLOCK_N": 64, "STAGES": 2}
         return tile | {"PRODUCER_WARPS": 4, "CONSUMER_REGISTERS": 0, "PRODUCER_REGISTERS": 48, "maxnreg": 128}
-    tile = {"CONSUMERS": 2, "BLOCK_N": 128, "STAGES": 2 if d > 64 else 4}
+    tile = {"CONSUMERS": 2, "BLOCK_N": 128, "STAGES": 2 if d > 64 else 3}
     return tile | {"PRODUCER_WARPS": 4, "CONSUMER_REGISTERS": 208, "PRODUCER_REGISTERS": 88, "maxnreg": 168}
 
 

@@ -105,6 +105,7 @@ def producer(
     place = gl.program_id(0)
     index, keys, clean = load_work(place, work_ptr)
     entry = _entries(lists_ptr + index.to(gl.int64) * G, 0, keys, N, BLOCK_N, rows)
+    follower = place + gl.num_programs(0)
     while place < ITEMS:
         # Not carried over from the iteration before: Triton 3.6 keeps the first value as a bound of the loops below.
         full, listed, total = count_tiles(keys, clean, J, BLOCK_N, TAIL)
@@ -127,9 +128,8 @@ def producer(
             _copy_rows(q_bufs.index(wg), base, token, stride_qs, inside, D, WIDE, True)
         async_copy.mbarrier_arrive(q_full, increment_count=False)
 
-        # The tile to come: drawn now, so that its list is at hand when the last keys of this one are under way.
-        place = gl.num_programs(0) + gl.atomic_add(work_ptr + 4 * ITEMS, 1, sem="relaxed")
-        next_index, next_keys, next_clean = load_work(gl.minimum(place, ITEMS - 1), work_ptr)
+        # The tile to come: its list is at hand when the last keys of this one are under way.
+        next_index, next_keys, next_clean = load_work(gl.minimum(follower, ITEMS - 1), work_ptr)
         next_list_ptr = lists_ptr + next_index.to(gl.int64) * G
         entry_bias_ptr = bias_ptr
         if HAS_BIAS:
@@ -160,7 +160,9 @@ def producer(
                 _copy_rows(v_bufs.index(stage), tail_v_ptr + head, block, D, exists, D, False, True)
                 async_copy.mbarrier_arrive(v_full.index(stage), increment_count=False)
                 tile += 1
-        index, keys, clean = next_index, next_keys, next_clean
+        place, index, keys, clean = follower, next_index, next_keys, next_clean
+        # Drawn two tiles ahead, here, where the producer would wait for the consumers anyway.
+        follower = 2 * gl.num_programs(0) + gl.atomic_add(work_ptr + 4 * ITEMS, 1, sem="relaxed")
         i += 1
     mbarrier.wait(q_empty, (i & 1) ^ 1)
     place_buf.store(gl.full([1], place, gl.int32, one))
