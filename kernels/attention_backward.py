@@ -121,9 +121,7 @@ def launch(
     keys = keys_schedule.configuration(q.dtype, D, m) | (keys or {})
     split = by_keys(n, keys["BLOCK_N"]) if split is None else split
     wide = max(k.stride(2), v.stride(2)) * Sk >= 1 << 31
-    pairs = q.dtype != torch.float32 and not triton.knobs.runtime.interpret
-    table = slices_schedule.configuration(q.dtype, D, m, sums=not split) | {"PAIRS": pairs, "WIDE": wide}
-    slices = table | (slices or {})
+    slices = slices_schedule.configuration(q.dtype, D, m, sums=not split) | {"WIDE": wide} | (slices or {})
 
     statistics = torch.empty(B, Hq, Sq, 2, dtype=torch.float32, device=q.device)
     _statistics[(triton.cdiv(Sq, BLOCK), B * Hq)](

@@ -11,8 +11,7 @@ dk_sum, dv_sum     [B, Hkv, Sk, D]   float32, contiguous, zeroed by the caller; 
 Grid               (T * M / BLOCK_M, heads of a chunk, B)
 
 dq stays in registers while a program walks its slice's list. What a tile of keys receives is added to the sums by
-float32 atomics, whose order is not fixed: results differ in their last bits from run to run. PAIRS adds two columns at
-a time straight from the accumulator of the product, instead of four after an exchange through shared memory.
+float32 atomics, whose order is not fixed: results differ in their last bits from run to run.
 Formula: Dao, FlashAttention-2, algorithm 2. Meaning: ``reference.attention_backward``.
 """
 
@@ -36,21 +35,14 @@ def _load_rows(x_ptr, row, stride, used, D: tl.constexpr, BLOCK_D: tl.constexpr,
 
 
 @triton.jit
-def _add_rows(x_ptr, row, used, x, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, PAIRS: tl.constexpr):
+def _add_rows(x_ptr, row, used, x, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr):
     """x [R, BLOCK_D] added to rows of a contiguous float32 tensor."""
     offs_d = tl.arange(0, BLOCK_D)
     ptrs = x_ptr + row[:, None] * D + offs_d[None, :]
-    inside = (offs_d < D)[None, :]
     if MASKED:
-        tl.atomic_add(ptrs, x, mask=used[:, None] & inside, sem="relaxed")
+        tl.atomic_add(ptrs, x, mask=used[:, None] & (offs_d < D)[None, :], sem="relaxed")
     elif D != BLOCK_D:
-        tl.atomic_add(ptrs, x, mask=inside, sem="relaxed")
-    elif PAIRS:
-        # A thread holds columns of a product in neighbouring pairs: registers 2 i and 2 i + 1, row by row.
-        tl.inline_asm_elementwise(
-            "red.global.relaxed.gpu.add.v2.f32 [$2], {$4, $5}; mov.b32 $0, 0; mov.b32 $1, 0;",
-            "=r,=r,l,l,f,f", [ptrs.to(tl.int64), x], dtype=tl.int32, is_pure=False, pack=2,
-        )  # fmt: skip
+        tl.atomic_add(ptrs, x, mask=(offs_d < D)[None, :], sem="relaxed")
     else:
         tl.atomic_add(ptrs, x, sem="relaxed")
 
@@ -59,7 +51,7 @@ def _add_rows(x_ptr, row, used, x, D: tl.constexpr, BLOCK_D: tl.constexpr, MASKE
 def _tile(
     q, dout, lse, delta, dq, k_ptr, v_ptr, dk_ptr, dv_ptr, key, shift, used, stride_ks, stride_vs, qk_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, MASKED: tl.constexpr, WIDE: tl.constexpr, PRECISION: tl.constexpr,
-    WANT_Q: tl.constexpr, WANT_K: tl.constexpr, WANT_V: tl.constexpr, PAIRS: tl.constexpr,
+    WANT_Q: tl.constexpr, WANT_K: tl.constexpr, WANT_V: tl.constexpr,
 ):  # fmt: skip
     """dq [BLOCK_M, BLOCK_D] with what one tile of keys adds; its dk and dv go to memory. lse, shift in base 2."""
     row = key
@@ -83,9 +75,9 @@ def _tile(
     if WANT_Q:
         dq = tl.dot(ds, k, dq, input_precision=PRECISION)
     if WANT_V:
-        _add_rows(dv_ptr, key, used, dv, D, BLOCK_D, MASKED, PAIRS)
+        _add_rows(dv_ptr, key, used, dv, D, BLOCK_D, MASKED)
     if WANT_K:
-        _add_rows(dk_ptr, key, used, dk, D, BLOCK_D, MASKED, PAIRS)
+        _add_rows(dk_ptr, key, used, dk, D, BLOCK_D, MASKED)
     return dq
 
 
@@ -104,7 +96,7 @@ def _attention_bwd_slices(
     D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ORDER: tl.constexpr, TAIL: tl.constexpr, WIDE: tl.constexpr,
     WANT_Q: tl.constexpr, WANT_K: tl.constexpr, WANT_V: tl.constexpr,
-    PRECISION: tl.constexpr, STAGES: tl.constexpr, PAIRS: tl.constexpr,
+    PRECISION: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     LOG2_E: tl.constexpr = 1.4426950408889634
     PARTS: tl.constexpr = M // BLOCK_M
@@ -153,7 +145,7 @@ def _attention_bwd_slices(
             shift = tl.where(used, bias, 0.0)
         dq = _tile(
             q, dout, lse, delta, dq, k_ptr, v_ptr, dk_ptr, dv_ptr, key, shift, used, stride_ks, stride_vs, qk_scale,
-            D, BLOCK_D, HAS_BIAS, WIDE, PRECISION, WANT_Q, WANT_K, WANT_V, PAIRS,
+            D, BLOCK_D, HAS_BIAS, WIDE, PRECISION, WANT_Q, WANT_K, WANT_V,
         )  # fmt: skip
 
     if full < keys:
@@ -166,7 +158,7 @@ def _attention_bwd_slices(
             shift = tl.where(used, bias, 0.0)
         dq = _tile(
             q, dout, lse, delta, dq, k_ptr, v_ptr, dk_ptr, dv_ptr, key, shift, used, stride_ks, stride_vs, qk_scale,
-            D, BLOCK_D, True, WIDE, PRECISION, WANT_Q, WANT_K, WANT_V, PAIRS,
+            D, BLOCK_D, True, WIDE, PRECISION, WANT_Q, WANT_K, WANT_V,
         )  # fmt: skip
 
     if TAIL:
@@ -185,7 +177,7 @@ def _attention_bwd_slices(
             dq = _tile(
                 q, dout, lse, delta, dq, tail_k_ptr + head * J * D, tail_v_ptr + head * J * D, dk_ptr, dv_ptr,
                 block, shift, used, D, D, qk_scale,
-                D, BLOCK_D, True, False, PRECISION, WANT_Q, WANT_K, WANT_V, PAIRS,
+                D, BLOCK_D, True, False, PRECISION, WANT_Q, WANT_K, WANT_V,
             )  # fmt: skip
 
     if WANT_Q:

@@ -271,9 +271,14 @@ def _attention_backward_reference(dout, q, k, v, out, lse, mask, key_bias, order
     return _grads(wanted, (q, k, v), grads)
 
 
-# On CUDA too: the kernels of ``attention_backward`` have not run on a GPU yet. Once tests/test_attention_backward.py
-# has passed on one, ``attention_backward.launch`` takes the place of the reference there.
-torch.library.impl("fgattn::attention_backward", ("CPU", "CUDA"), _attention_backward(_attention_backward_reference))
+def _attention_backward_kernels(*arguments):
+    from fg_inductor.kernels import attention_backward
+
+    return attention_backward.launch(*arguments)
+
+
+torch.library.impl("fgattn::attention_backward", "CPU", _attention_backward(_attention_backward_reference))
+torch.library.impl("fgattn::attention_backward", "CUDA", _attention_backward(_attention_backward_kernels))
 
 
 def _attention_setup(ctx, inputs, output):

@@ -245,7 +245,7 @@ def scores_configuration(dtype: torch.dtype, d: int) -> dict:
     """Tile of ``_scores``; BLOCK_R holds the means of whole slices, BLOCK_G divides the 128 groups of four words."""
     if dtype == torch.float32 or d > 128:
         return {"BLOCK_R": 64, "BLOCK_G": 32, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_R": 128, "BLOCK_G": 64, "num_warps": 4, "num_stages": 3}
+    return {"BLOCK_R": 128, "BLOCK_G": 64, "num_warps": 4, "num_stages": 2}
 
 
 def _blocks(programs: int, groups: int, block: int, most: int) -> int:

@@ -137,7 +137,7 @@ def backward_by_slices(m: int, n: int, d: int, *, bias=False, order=False, tail=
     """``attention_backward_slices`` as its launcher configures it; without ``sums`` for dq alone."""
     config = attention_backward_slices.configuration(torch.bfloat16, d, m, sums)
     warps = config.pop("num_warps")
-    constants = dict(D=d, BLOCK_D=triton.next_power_of_2(d), M=m, N=n, WIDE=False, PRECISION="tf32", PAIRS=True)
+    constants = dict(D=d, BLOCK_D=triton.next_power_of_2(d), M=m, N=n, WIDE=False, PRECISION="tf32")
     constants |= dict(HAS_BIAS=bias, HAS_ORDER=order, TAIL=tail, WANT_Q=True, WANT_K=sums, WANT_V=sums, **config)
     absent = {"bias_ptr": bias, "order_ptr": order, "dk_sum_ptr": sums, "dv_sum_ptr": sums}
     absent |= dict.fromkeys(("tail_k_ptr", "tail_v_ptr", "tail_bias_ptr"), tail)
