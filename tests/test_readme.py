@@ -1,4 +1,4 @@
-"""README.md holds what it promises: generated sections are up to date, commands and files exist."""
+"""README.md and docs/ hold what they promise: generated sections are up to date, commands and files exist."""
 
 import importlib.util
 import json
@@ -20,12 +20,24 @@ def tables():
 
 
 def test_generated_sections_are_up_to_date(tables):
-    assert tables.updated(README) == README, "run python examples/benchmarks/tables.py"
+    for path, parts in tables.sections().items():
+        text = path.read_text()
+        assert tables.updated(path, text, parts) == text, "run python examples/benchmarks/tables.py"
 
 
 def test_a_lost_marker_is_named(tables):
-    with pytest.raises(ValueError, match="measured: end"):
-        tables.updated(README.replace("<!-- measured: end -->", ""))
+    with pytest.raises(ValueError, match="summary: end"):
+        tables.updated(tables.README, README.replace("<!-- summary: end -->", ""), {"summary": ""})
+
+
+def test_the_summary_takes_one_record_each(tables, tmp_path):
+    record = {"card": "A card", "torch": "2.11", "triton": "3.6", "preset": "p", "density": 0.3}
+    times = {"baseline": "dense", "baseline_ms": 8.0, "median_ms": 4.0, "ratio": 2.0}
+    (tmp_path / "a.json").write_text(json.dumps([{**record, **times}, {**record, **times, "density": 1.0}]))
+    table = tables.summary_table(tmp_path, [("attention", "a.json", {"density": 0.3})])
+    assert "| attention | p | dense | 8 | 4 | 2.00x |" in table and "A card, torch 2.11, Triton 3.6." in table
+    with pytest.raises(ValueError, match="2 records of a"):
+        tables.summary_table(tmp_path, [("attention", "a.json", {"preset": "p"})])
 
 
 def test_tables_say_shared_values_once(tables, tmp_path):

@@ -1,12 +1,13 @@
-"""Write the generated parts of README.md: measured tables from results/*.json, and the table of options.
+"""Write what is generated from results/*.json: docs/benchmarks.md, and README.md's summary; and its table of options.
 
     python examples/benchmarks/tables.py            rewrite them
-    python examples/benchmarks/tables.py --check    fail if README.md is out of date
+    python examples/benchmarks/tables.py --check    fail if one is out of date
 
 A file of results is a list of records: ``bench``, ``card``, ``torch``, ``triton``, ``commit``, ``variant``,
 ``median_ms``, ``baseline``, ``baseline_ms``, ``ratio`` and whatever else that benchmark measures. One table is made for
 each file and environment. A value that all its records share is said once, above the table. The spread of a time, and
-the density that was asked for beside the one that was kept, stay in the file.
+the density that was asked for beside the one that was kept, stay in the file. The summary takes the records that
+``SUMMARY`` names, and no number of its own.
 """
 
 import argparse
@@ -17,7 +18,9 @@ from pathlib import Path
 from fg_inductor.settings import options_table
 
 HERE = Path(__file__).resolve().parent
-README = HERE.parent.parent / "README.md"
+ROOT = HERE.parent.parent
+README = ROOT / "README.md"
+BENCHMARKS = ROOT / "docs" / "benchmarks.md"
 ENVIRONMENT = ("bench", "card", "torch", "triton", "cudnn", "commit")
 LABELS = {
     "median_ms": "ms", "baseline_ms": "baseline, ms", "ratio": "speed-up", "kept": "kept density", "rate": "rate kept",
@@ -27,6 +30,20 @@ LABELS = {
     "peak_gb": "peak, GB", "baseline_peak_gb": "baseline peak, GB", "attention": "attention's share",
 }  # fmt: skip
 HIDDEN = {"density", "p20_ms", "p80_ms", "baseline_p20_ms", "baseline_p80_ms"}
+WAN = "attention_hopper_wan2.1-1.3b-480p.json"
+PLAIN = {"variant": "hopper", "tail": "none"}
+# What it is, the file, and the values that pick one record in it.
+SUMMARY = (
+    ("attention, 30% kept in groups of 8 keys", WAN, {**PLAIN, "slice": "128x8", "density": 0.3}),
+    ("attention, 30% kept key by key", WAN, {**PLAIN, "slice": "128x1", "density": 0.3}),
+    ("attention, 10% kept in groups of 8 keys", WAN, {**PLAIN, "slice": "128x8", "density": 0.1}),
+    ("attention, everything kept", WAN, {**PLAIN, "slice": "128x8", "density": 1.0}),
+    (
+        "attention, 30% kept in groups of 8 keys",
+        "attention_hopper_wan2.1-14b-720p.json",
+        {**PLAIN, "slice": "128x8", "density": 0.3, "lists": "random"},
+    ),
+)
 LAST = ("baseline", "baseline_ms", "median_ms", "ratio")  # in this order at the right of each table
 
 
@@ -73,28 +90,53 @@ def _text(value, name: str) -> str:
     return str(value)
 
 
-def updated(text: str) -> str:
-    """README's text with its generated sections made anew. Raises ValueError where a marker is missing."""
-    for name, body in {"measured": measured_tables(), "options": options_table()}.items():
+def summary_table(folder: Path = HERE / "results", summary=SUMMARY) -> str:
+    """The records that ``summary`` names, as Markdown. Raises ValueError where one is not there, or not alone."""
+    lines = ["| what | where | baseline | baseline, ms | ms | speed-up |", "| --- | --- | --- | ---: | ---: | ---: |"]
+    cards = set()
+    for what, file, values in summary:
+        records = json.loads((folder / file).read_text())
+        found = [r for r in records if all(r.get(name) == value for name, value in values.items())]
+        if len(found) != 1:
+            raise ValueError(f"tables: {len(found)} records of {file} have {values}, not one; change SUMMARY.")
+        (r,) = found
+        cards.add(f"{r['card']}, torch {r['torch']}, Triton {r['triton']}")
+        numbers = (_text(r[name], name) for name in LAST)
+        lines.append(f"| {what} | {r.get('preset') or _text(r['shape'], 'shape')} | " + " | ".join(numbers) + " |")
+    return "\n".join([*lines, "", f"{'; '.join(sorted(cards))}."])
+
+
+def sections() -> dict[Path, dict[str, str]]:
+    """The generated sections of each file."""
+    return {
+        README: {"summary": summary_table(), "options": options_table()},
+        BENCHMARKS: {"measured": measured_tables()},
+    }
+
+
+def updated(path: Path, text: str, parts: dict[str, str]) -> str:
+    """The text of a file with its generated sections made anew. Raises ValueError where a marker is missing."""
+    for name, body in parts.items():
         begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
         before, found, rest = text.partition(begin)
         _, closed, after = rest.partition(end)
         if not (found and closed):
-            raise ValueError(f"tables: {README.name} has no section between {begin} and {end}; put the markers back.")
+            raise ValueError(f"tables: {path.name} has no section between {begin} and {end}; put the markers back.")
         text = f"{before}{begin}\n{body}\n{end}{after}"
     return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if README.md is out of date")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if one is out of date")
     args = parser.parse_args()
-    old = README.read_text()
-    new = updated(old)
-    if args.check and old != new:
-        parser.exit(1, "README.md is out of date: run python examples/benchmarks/tables.py\n")
-    if not args.check:
-        README.write_text(new)
+    for path, parts in sections().items():
+        old = path.read_text()
+        new = updated(path, old, parts)
+        if args.check and old != new:
+            parser.exit(1, f"{path.name} is out of date: run python examples/benchmarks/tables.py\n")
+        if not args.check:
+            path.write_text(new)
 
 
 if __name__ == "__main__":
