@@ -358,8 +358,8 @@ def _parts(shares: list[float]) -> tuple[float, ...]:
 
 def launch(
     score: Tensor, mask: Tensor, first: int, heads: int, groups: int, m: int, n: int, queries: int, keys: int,
-    order: Tensor | None, top_p: float | None, share: float | list[float], alpha: float | None, summed: int, masked: bool,
-    dense_keys: list[int], dense_queries: list[int], refresh: Tensor | None = None,
+    order: Tensor | None, top_p: float | None, share: float | list[float], alpha: float | None, summed: int,
+    masked: bool, dense_keys: list[int], dense_queries: list[int], refresh: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Write mask[:, first : first + heads] from the scores of these heads.
 
