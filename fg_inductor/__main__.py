@@ -1,4 +1,4 @@
-"""The command line: ``python -m fg_inductor {options,env,explain,bench}``."""
+"""The command line: ``python -m fg_inductor {options,env,explain,calibrate,bench}``."""
 
 import argparse
 import ast
@@ -37,6 +37,22 @@ def main(argv: list[str] | None = None) -> None:
     explain.add_argument(
         "--option", action="append", default=[], metavar="NAME=VALUE", help="such as fgattn.top_p=0.8; several times"
     )
+    calibrate = commands.add_parser(
+        "calibrate",
+        help="find the density that each head of a model needs",
+        description="Run a model on a few inputs, and find for each attention site and head the density that keeps it "
+        "near dense attention. fgattn.sites reads the file.",
+    )
+    calibrate.add_argument(
+        "target",
+        metavar="SCRIPT.py:FUNCTION",
+        help="FUNCTION() returns (model, inputs): a list of calls, each a tuple, a dict by keyword, or (tuple, dict)",
+    )
+    calibrate.add_argument("--error", type=float, default=0.05, help="bound on the relative error of a head's output")
+    calibrate.add_argument("--out", metavar="FILE", required=True, help="the JSON file to write")
+    calibrate.add_argument(
+        "--option", action="append", default=[], metavar="NAME=VALUE", help="such as fgattn.tail=pooled; several times"
+    )
     # The benchmark parses its own arguments, -h included.
     run = commands.add_parser("bench", help="run a benchmark; 'bench NAME -h' explains it", add_help=False)
     run.add_argument("name", choices=names, metavar="NAME", help=", ".join(names))
@@ -47,26 +63,33 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"unrecognized arguments: {' '.join(rest)}")
     elif args.command == "explain":
         _explain(parser, args)
+    elif args.command == "calibrate":
+        _calibrate(parser, args)
     elif args.command == "options":
         print(settings.options_table())
     else:
         print(json.dumps(environment(), indent=1))
 
 
-def _explain(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    import fg_inductor
-
-    script, _, function = args.target.rpartition(":")
+def _made(parser: argparse.ArgumentParser, target: str, kinds: tuple[type, ...], wanted: str) -> tuple:
+    """(model, inputs) of SCRIPT.py:FUNCTION, inputs of one of ``kinds``; a usage error that says what is ``wanted``."""
+    script, _, function = target.rpartition(":")
     if not script or not Path(script).is_file():
-        parser.error(f"{args.target!r} is not SCRIPT.py:FUNCTION, or there is no such script")
+        parser.error(f"{target!r} is not SCRIPT.py:FUNCTION, or there is no such script")
     sys.path.insert(0, str(Path(script).resolve().parent))
     make = runpy.run_path(script).get(function)
     if not callable(make):
         parser.error(f"{script} has no function {function!r}")
     made = make()
-    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], (tuple, dict))):
-        parser.error(f"{function}() must return (model, inputs), inputs a tuple or a dict; got {type(made).__name__}")
-    model, inputs = made
+    if not (isinstance(made, tuple) and len(made) == 2 and isinstance(made[1], kinds)):
+        parser.error(f"{function}() must return (model, inputs), inputs {wanted}; got {type(made).__name__}")
+    return made
+
+
+def _explain(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    import fg_inductor
+
+    model, inputs = _made(parser, args.target, (tuple, dict), "a tuple or a dict")
     positional, named = (inputs, {}) if isinstance(inputs, tuple) else ((), inputs)
     options = dict(map(_option, args.option))
     try:
@@ -76,6 +99,19 @@ def _explain(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
         parser.error(str(error)) if str(error).startswith("fgattn") else _raise(error)
     if args.json:
         Path(args.json).write_text(report.to_json())
+
+
+def _calibrate(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    import fg_inductor
+
+    model, inputs = _made(parser, args.target, (list, tuple, dict), "a list of calls, a tuple or a dict")
+    inputs = inputs if isinstance(inputs, list) else [inputs]
+    options = dict(map(_option, args.option))
+    try:
+        found = fg_inductor.calibrate(model, inputs, args.error, options=options, out=args.out)
+    except (ValueError, TypeError) as error:
+        parser.error(str(error)) if str(error).startswith(("fgattn", "fg_inductor")) else _raise(error)
+    print(found)
 
 
 def _raise(error: Exception) -> None:

@@ -22,7 +22,7 @@ from fg_inductor.passes import cache_key, checkpoint, density, sdpa, variant
 from fg_inductor.passes.graph import hint, value
 from fg_inductor.passes.site import Site
 from fg_inductor.passes.state import Stateful, add_state
-from fg_inductor.report import Meter, Report, Row, announce, record
+from fg_inductor.report import Meter, Report, Row, announce, note_sites, record, unmatched_note
 from fg_inductor.report import reset as forget_report
 from fg_inductor.settings import PREFIX, Settings
 from fg_inductor.variants import Variants
@@ -68,6 +68,7 @@ def fgattn(
     if meter:
         rows = [_note_unmeasured(row, meter) for row in rows]
     record(rows, meter)
+    note_sites(graph_id, rows, settings)
     announce(graph_id, rows, settings)
     if not rewritten:
         return _compile(gm, example_inputs, settings.inner, patches)
@@ -144,7 +145,9 @@ def explain(
     run.__code__ = run.__code__.replace()
     torch.compile(run, backend=trace)()
     unique = {(row.graph, row.site.path, row.site.index): row for row in rows}.values()
-    report = Report(_with_density(row, pictures.get((row.graph, row.site.index))) for row in unique)
+    note = unmatched_note(settings.sites, (row.site.path for row in unique))
+    shown = (_with_density(row, pictures.get((row.graph, row.site.index))) for row in unique)
+    report = Report(shown, [note] if note else [])
     if page is not None:
         explain_page.write(page, report, pictures, getattr(model, "__name__", type(model).__name__))
     report.print()
@@ -244,7 +247,20 @@ def rewrite_graph(gm: GraphModule, settings: Settings, graph_id: str) -> list[Ro
         sites = [Site("", 0, "unknown", "", "", "", "dense", "error in the pass", detail, video=True)]
     if any(site.rewritten for site in sites):
         checkpoint.translate_policies(gm)
-    return [Row(graph_id, site, settings, kernel) for site, kernel in zip(sites, _kernels(gm, sites), strict=True)]
+    _check_layers(sites, settings)
+    kernels_ = _kernels(gm, sites)
+    return [Row(graph_id, x, settings.for_site(x.path), kernel) for x, kernel in zip(sites, kernels_, strict=True)]
+
+
+def _check_layers(sites: list[Site], settings: Settings) -> None:
+    """Raises ValueError where ``fgattn.sites`` has settings of single layers for a graph that all layers share."""
+    for path in () if settings.sites is None else dict.fromkeys(x.path for x in sites if x.rewritten):
+        if meant := settings.sites.of_layers(path):
+            raise ValueError(
+                f"fgattn: fgattn.sites has {meant[0]!r}, but this graph is of one block and serves every layer: its "
+                f"site is {path!r}. Settings of single layers need the whole model compiled, with "
+                f"torch.compile(model, ...) in place of compile_repeated_blocks; or name {path!r}, for all layers."
+            )
 
 
 def _kernels(gm: GraphModule, sites: list[Site]) -> list[str | None]:

@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from fg_inductor import state
 from fg_inductor.passes.site import Site
 from fg_inductor.settings import Settings
+from fg_inductor.site_settings import Sites, unmatched_text
 
 log = logging.getLogger(__name__)
 
@@ -66,8 +67,9 @@ class Row:
 class Report(Sequence[Row]):
     """The rows, a sequence; ``str`` gives them as a table."""
 
-    def __init__(self, rows: Iterable[Row] = ()):
+    def __init__(self, rows: Iterable[Row] = (), notes: Iterable[str] = ()):
         self.rows = tuple(rows)
+        self.notes = tuple(notes)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -98,11 +100,14 @@ class Report(Sequence[Row]):
             print(self)
             return
         Console().print(_rich_table(self) if self.rows else str(self))
+        for note in self.notes if self.rows else ():
+            print(note)
 
     def __str__(self) -> str:
         if not self.rows:
             return "fgattn: no attention site has been compiled."
-        return f"{self.headline}\n{tabulate([row.cells() for row in self.rows], COLUMNS, disable_numparse=True)}"
+        table = tabulate([row.cells() for row in self.rows], COLUMNS, disable_numparse=True)
+        return "\n".join((self.headline, table, *self.notes))
 
     __repr__ = __str__
 
@@ -130,14 +135,19 @@ def summary(settings: Settings) -> str:
     """What decides the mask, in few words: ``pooled 128x8, top_p 0.9``."""
     keep = ""
     if settings.mask == "dfs":
-        keep = f", density {settings.block_density:g}"
+        keep = f", density {_number(settings.block_density)}"
     elif settings.mask in ("pooled", "observed"):
         rule = next(name for name in ("alpha", "density", "top_p") if getattr(settings, name) is not None)
-        keep = f", {rule} {getattr(settings, rule):g}"
+        keep = f", {rule} {_number(getattr(settings, rule))}"
     tail = "" if settings.tail == "none" else f", {settings.tail} tail"
     steps = settings.refresh if isinstance(settings.refresh, str) else f"at {', '.join(map(str, settings.refresh))}"
     again = f", refreshed {steps}" if settings.mask == "observed" else ""
-    return f"{settings.mask} {settings.slice}{keep}{tail}{again}"
+    sites = "" if settings.sites is None else ", sites by fgattn.sites"
+    return f"{settings.mask} {settings.slice}{keep}{tail}{again}{sites}"
+
+
+def _number(x: float | tuple[float, ...]) -> str:
+    return f"{x:g}" if isinstance(x, float) else f"{min(x):g} to {max(x):g} by head, {sum(x) / len(x):.3g} on average"
 
 
 class Meter:
@@ -178,19 +188,44 @@ class Meter:
 # A frame can be compiled twice under one id (Dynamo restarts), and DDP splits one frame into several graphs: so a row
 # is known by graph, path and index, and a second one with the same three takes the place of the first.
 _rows: dict[tuple[str, str, int], tuple[Row, Meter | None]] = {}
+_sites: dict[Sites, dict[str, None]] = {}  # settings by site -> the paths of the sites compiled with them, in order
 _announced: set[tuple[Settings, bool]] = set()
 
 
 def reset() -> None:
     """Forget all rows, measured densities and which lines were printed. ``fg_inductor.reset`` forgets more."""
     _rows.clear()
+    _sites.clear()
     _announced.clear()
 
 
 def report() -> Report:
     """The attention sites of everything compiled with ``backend="fgattn"`` since the last reset."""
     means = {meter: meter.means() for _, meter in _rows.values() if meter}
-    return Report(_as_of_now(row, means.get(meter, {})) for row, meter in _rows.values())
+    rows = (_as_of_now(row, means.get(meter, {})) for row, meter in _rows.values())
+    return Report(rows, filter(None, (unmatched_note(sites, paths) for sites, paths in _sites.items())))
+
+
+def unmatched_note(sites: Sites | None, paths: Iterable[str]) -> str:
+    """A line about the entries of ``fgattn.sites`` that name none of the sites; empty where all do."""
+    text = "" if sites is None else unmatched_text(sites, paths)
+    return text and f"fgattn.sites: no site is named {text}"
+
+
+def note_sites(graph: str, rows: list[Row], settings: Settings) -> None:
+    """Warn of entries of ``fgattn.sites`` that no site has had so far, once there is a graph with sparse sites."""
+    if settings.sites is None or not rows:
+        return
+    paths = _sites.setdefault(settings.sites, {})
+    before = settings.sites.unmatched(paths)
+    paths.update(dict.fromkeys(row.site.path for row in rows))
+    after = settings.sites.unmatched(paths)
+    if after and (not paths or after != before or len(before) == len(settings.sites.entries)):
+        log.warning(
+            "fgattn: up to graph %s, no site is named as these entries of fgattn.sites: %s. Unless another graph has "
+            "them, correct them; print(fg_inductor.report()) lists the sites.", graph,
+            unmatched_text(settings.sites, paths),
+        )  # fmt: skip
 
 
 def _as_of_now(row: Row, densities: dict[int, float]) -> Row:

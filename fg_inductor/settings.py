@@ -4,16 +4,20 @@ import dataclasses
 import difflib
 import math
 import numbers
+import reprlib
 from dataclasses import dataclass
 from typing import Any
 
+from fg_inductor import site_settings
 from fg_inductor.kernels.checks import KERNELS, POOLS, REDUCES, TAILS
 from fg_inductor.kernels.mask import GROUPS, SLICES
 from fg_inductor.selectors import registered_selector, selector_names
+from fg_inductor.site_settings import Sites
 
 PREFIX = "fgattn."
 INNERS = ("inductor", "aot_eager", "eager")
 WHENS = ("faster", "always")
+BY_HEAD = ("pooled", "observed", "dfs", "dense")  # masks that a density for each head goes with
 
 
 # Each option has a reader: it returns the value in its own type, or raises ValueError that begins with "must be".
@@ -153,13 +157,18 @@ def _refresh(value):
     return tuple(sorted(set(steps)))
 
 
-def _only(allowed, why):
-    def read(value):
-        if isinstance(value, bool) or value != allowed:
-            raise ValueError(f"must be {allowed!r}: {why}")
-        return allowed
+def _by_head(value):
+    """A share of the groups for all heads, or a list of one for each."""
+    if not isinstance(value, (list, tuple)):
+        return _fraction(optional=True)(value)
+    if not value:
+        raise ValueError("must be a number in (0, 1], a list of one for each head, or None")
+    return tuple(map(_fraction(), value))
 
-    return read
+
+def _sites(value):
+    readers = {f.name: f.metadata["read"] for f in dataclasses.fields(Settings) if f.name in site_settings.NAMES}
+    return site_settings.read(value, readers | {"density": _by_head})
 
 
 def _option(default, read, text):
@@ -178,7 +187,7 @@ class Settings:
     )
     slice: str = _option("128x8", _slice, "M queries by N keys that are kept or dropped together")
     top_p: float = _option(0.9, _fraction(), "share of the estimated attention mass to keep, in (0, 1]")
-    density: float | None = _option(
+    density: float | tuple[float, ...] | None = _option(  # by head from ``sites`` alone
         None, _fraction(optional=True), "fixed share of key groups to keep, instead of top_p; 'dfs' has 0.3 for None"
     )
     max_density: float = _option(1.0, _fraction(), "bound on the share of key groups that top_p keeps")
@@ -217,10 +226,11 @@ class Settings:
         _one_of(*WHENS),
         "'faster': where a gain is expected (everywhere on an uncalibrated card); or 'always'",
     )
-    sites: None = _option(
+    sites: Sites | None = _option(  # noqa: RUF009
         None,
-        _only(None, "settings by site are not read yet"),
-        "a calibration file with settings by site (reserved: only the default)",
+        _sites,
+        "settings by site: a mapping of site paths to options, or the file that calibration wrote "
+        "(`docs/calibration.md`)",
     )
     kernel: str = _option(
         "auto",
@@ -249,22 +259,58 @@ class Settings:
             try:
                 values[name] = fields[name].metadata["read"](value)
             except ValueError as error:
-                raise ValueError(f"fgattn: option {key!r} {error}; got {value!r}.") from None
+                shown = reprlib.repr(value) if isinstance(value, dict) else repr(value)
+                raise ValueError(f"fgattn: option {key!r} {error}; got {shown}.") from None
         settings = cls(**values)
-        if settings.alpha is not None and settings.density is not None:
+        settings._check()
+        for pattern, entry in () if settings.sites is None else settings.sites.entries:
+            try:
+                settings._with(site_settings.alone(dict(entry)))._check()
+            except ValueError as error:
+                raise ValueError(f"{error} (in fgattn.sites, {pattern!r})") from None
+        settings._check_calibration()
+        return settings
+
+    def _check(self) -> None:
+        """Raises ValueError for options that contradict each other."""
+        if self.alpha is not None and self.density is not None:
             raise ValueError(
-                f"fgattn: alpha={settings.alpha} and density={settings.density} both say how much to keep; give one."
+                f"fgattn: alpha={self.alpha} and density={self.density} both say how much to keep; give one."
             )
-        if settings.alpha is not None and settings.mask == "observed":
+        if self.alpha is not None and self.mask == "observed":
             raise ValueError(
-                f"fgattn: alpha={settings.alpha} is a rule for estimates; with mask='observed' give top_p or density."
+                f"fgattn: alpha={self.alpha} is a rule for estimates; with mask='observed' give top_p or density."
             )
-        if (settings.mask == "static") != (settings.static is not None):
+        if (self.mask == "static") != (self.static is not None):
             raise ValueError(
-                f"fgattn: mask={settings.mask!r} with static={settings.static!r}; the mask 'static' is what the option "
+                f"fgattn: mask={self.mask!r} with static={self.static!r}; the mask 'static' is what the option "
                 "'fgattn.static' describes: give both, or neither."
             )
-        return settings
+        if isinstance(self.density, tuple) and self.mask not in BY_HEAD:
+            raise ValueError(
+                f"fgattn: a density for each head with mask={self.mask!r}, which has none; give a mask of "
+                f"{', '.join(map(repr, BY_HEAD))}."
+            )
+
+    def _check_calibration(self) -> None:
+        for name, value in () if self.sites is None else self.sites.made_with:
+            if getattr(self, name, None) != value:
+                raise ValueError(
+                    f"fgattn: the settings in fgattn.sites were measured with fgattn.{name}={value!r}, and this is "
+                    f"compiled with {getattr(self, name, None)!r}; give the same, or calibrate again."
+                )
+
+    def for_site(self, path: str) -> "Settings":
+        """The settings of the site with this path: these with what ``sites`` says of it."""
+        if self.sites is None:
+            return self
+        return self._with(self.sites.options(path))
+
+    def _with(self, options: dict[str, Any]) -> "Settings":
+        changes = {name: value for name, value in options.items() if name != "dense"}
+        if options.get("dense"):
+            changes |= {"mask": "dense", "static": None}
+        return dataclasses.replace(self, sites=None, **changes)
 
     @property
     def m(self) -> int:
@@ -282,7 +328,7 @@ class Settings:
         return registered_selector(self.mask)
 
     @property
-    def block_density(self) -> float:
+    def block_density(self) -> float | tuple[float, ...]:
         """Share of the blocks that the mask 'dfs' keeps: ``density``, or the 0.3 that DFSAttn begins with."""
         return 0.3 if self.density is None else self.density
 

@@ -23,7 +23,7 @@ class SelectionCase:
     dim: int = 64
     reduce: str = "sum"
     top_p: float = 0.7
-    density: float | None = None
+    density: float | tuple[float, ...] | None = None  # one number, or one for each head
     max_density: float = 1.0
     bias: str | None = None
     ordered: bool = False
@@ -37,7 +37,8 @@ class SelectionCase:
     @property
     def selection(self) -> tuple:
         """(top_p, density, max_density, dense_keys, dense_queries)."""
-        return self.top_p, self.density, self.max_density, list(self.dense_keys), list(self.dense_queries)
+        density = list(self.density) if isinstance(self.density, tuple) else self.density
+        return self.top_p, density, self.max_density, list(self.dense_keys), list(self.dense_queries)
 
     def inputs(
         self, dtype: torch.dtype, device: torch.device | str

@@ -128,7 +128,7 @@ def check_select(
     check_slice(op, m, n)
     if pool not in POOLS:
         fail(op, f"pool={pool} queries a mean; choose one of {POOLS}.")
-    _check_selection(op, top_p, density, max_density, dense_keys, dense_queries, reduce)
+    _check_selection(op, q, top_p, density, max_density, dense_keys, dense_queries, reduce)
     if gamma is not None and not 0 < gamma < 1:
         fail(op, f"gamma={gamma} is compared with cosines; it must lie between 0 and 1.")
     if alpha is not None and (not alpha > 0 or density is not None):
@@ -143,7 +143,7 @@ def check_observed(
     check_tensors(op, q, k, None, key_bias, order)
     check_slice(op, m, n)
     check_mask(op, mask, q, k, m, n)
-    _check_selection(op, top_p, density, max_density, dense_keys, dense_queries, reduce)
+    _check_selection(op, q, top_p, density, max_density, dense_keys, dense_queries, reduce)
     if refresh.dtype != torch.bool or refresh.dim() != 0 or refresh.device != q.device:
         fail(
             op,
@@ -151,11 +151,33 @@ def check_observed(
         )
 
 
-def _check_selection(op, top_p, density, max_density, dense_keys, dense_queries, reduce) -> None:
+def joined_density(op: str, density: float | None, head_density) -> float | list[float] | None:
+    """How much to keep by ``density`` or by ``head_density``: a number for all heads, or a list of one for each."""
+    if head_density is None:
+        return density
+    if density is not None:
+        fail(op, f"density={density} and head_density={list(head_density)} both say how much to keep; give one.")
+    return list(head_density)
+
+
+def _check_density(op: str, q: Tensor, density: float | list[float] | None) -> None:
+    if isinstance(density, list):
+        if _differ(len(density), q.shape[1]):
+            fail(
+                op, f"head_density has {len(density)} numbers, but q {_shape(q)} has {q.shape[1]} heads; give as many."
+            )
+        if not all(0 < x <= 1 for x in density):
+            fail(op, f"head_density={density}: each number must lie in (0, 1].")
+    elif density is not None and not 0 < density <= 1:
+        fail(op, f"density={density} must lie in (0, 1].")
+
+
+def _check_selection(op, q, top_p, density, max_density, dense_keys, dense_queries, reduce) -> None:
     """How much a selector keeps, which tokens whole, and how the queries of a slice are joined."""
-    for name, x in (("top_p", top_p), ("density", density), ("max_density", max_density)):
-        if x is not None and not 0 < x <= 1:
+    for name, x in (("top_p", top_p), ("max_density", max_density)):
+        if not 0 < x <= 1:
             fail(op, f"{name}={x} must lie in (0, 1].")
+    _check_density(op, q, density)
     check_ranges(op, dense_keys, dense_queries)
     if reduce not in REDUCES:
         fail(op, f"reduce={reduce!r}; choose one of {REDUCES}.")
@@ -173,8 +195,9 @@ def check_dfs(q, k, key_bias, order, m, n, density) -> None:
     _check_same_length(op, q, k, order)
     check_tensors(op, q, k, None, key_bias, order)
     check_slice(op, m, n)
-    if not 0 < density <= 1:
-        fail(op, f"density={density} must lie in (0, 1].")
+    if density is None:
+        fail(op, "density=None and head_density=None; give one of them: it has no top-p.")
+    _check_density(op, q, density)
 
 
 def check_static(q, k, order, m, n, grid, before, tile, window, radius, ranges) -> None:

@@ -19,6 +19,7 @@ from fg_inductor.kernels.checks import (
     check_select,
     check_static,
     fail,
+    joined_density,
 )
 from fg_inductor.kernels.mask import slice_count, word_count
 from fg_inductor.kernels.query_order import query_order as make_query_order
@@ -27,17 +28,17 @@ from fg_inductor.kernels.query_order import query_order as make_query_order
 SCHEMAS = {
     "select_pooled": "(Tensor q, Tensor k, Tensor? key_bias, Tensor? order, float scale, int m, int n, int pool, "
     "float top_p, float? density, float max_density, SymInt[] dense_keys, SymInt[] dense_queries, SymInt min_seq, "
-    'str reduce="sum", float? gamma=None, float? alpha=None) -> Tensor',
+    'str reduce="sum", float? gamma=None, float? alpha=None, float[]? head_density=None) -> Tensor',
     "update_observed_": "(Tensor q, Tensor k, Tensor(a!) mask, Tensor? key_bias, Tensor? order, float scale, int m, "
     "int n, str reduce, float top_p, float? density, float max_density, SymInt[] dense_keys, SymInt[] dense_queries, "
-    "SymInt min_seq, Tensor refresh) -> ()",
+    "SymInt min_seq, Tensor refresh, float[]? head_density=None) -> ()",
     "attention": "(Tensor q, Tensor k, Tensor v, Tensor mask, Tensor? key_bias, Tensor? order, float scale, "
     'int m, int n, str tail, SymInt min_seq, str kernel_name="auto") -> (Tensor out, Tensor lse)',
     "attention_backward": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor mask, "
     "Tensor? key_bias, Tensor? order, float scale, int m, int n, str tail, SymInt min_seq, "
     "bool[3] wanted=[True, True, True]) -> (Tensor dq, Tensor dk, Tensor dv)",
-    "select_dfs": "(Tensor q, Tensor k, Tensor? key_bias, Tensor order, float scale, int m, int n, float density) "
-    "-> Tensor",
+    "select_dfs": "(Tensor q, Tensor k, Tensor? key_bias, Tensor order, float scale, int m, int n, float? density, "
+    "float[]? head_density=None) -> Tensor",
     "select_static": "(Tensor q, Tensor k, Tensor order, int m, int n, SymInt[] grid, SymInt before, int[] tile, "
     "int[] window, float radius, SymInt[] ranges) -> Tensor",
     "keep_dense": "(Tensor mask, Tensor? order, SymInt queries, SymInt keys, int m, int n, SymInt[] dense_keys, "
@@ -65,8 +66,9 @@ def _new_mask(q, k, m, n):
 @torch.library.register_fake("fgattn::select_pooled")
 def _select_pooled_fake(
     q, k, key_bias, order, scale, m, n, pool, top_p, density, max_density, dense_keys, dense_queries, min_seq,
-    reduce="sum", gamma=None, alpha=None,
+    reduce="sum", gamma=None, alpha=None, head_density=None,
 ):  # fmt: skip
+    density = joined_density("select_pooled", density, head_density)
     limits = (top_p, density, max_density, dense_keys, dense_queries, reduce, gamma, alpha)
     check_select(q, k, key_bias, order, m, n, pool, *limits)
     return _new_mask(q, k, m, n)
@@ -75,8 +77,9 @@ def _select_pooled_fake(
 def _select_pooled(select):
     def run(
         q, k, key_bias, order, scale, m, n, pool, top_p, density, max_density, dense_keys, dense_queries, min_seq,
-        reduce="sum", gamma=None, alpha=None,
+        reduce="sum", gamma=None, alpha=None, head_density=None,
     ):  # fmt: skip
+        density = joined_density("select_pooled", density, head_density)
         limits = (top_p, density, max_density, list(dense_keys), list(dense_queries), reduce, gamma, alpha)
         check_select(q, k, key_bias, order, m, n, pool, *limits)
         if min(q.shape[2], k.shape[2]) < min_seq:
@@ -95,21 +98,23 @@ def _select_pooled_cuda(q, k, *rest):
 torch.library.impl("fgattn::select_pooled", "CPU", _select_pooled(reference.select_pooled))
 torch.library.impl("fgattn::select_pooled", "CUDA", _select_pooled(_select_pooled_cuda))
 # The mask is not differentiated.
-torch.library.register_autograd("fgattn::select_pooled", lambda ctx, grad: (None,) * 17)
+torch.library.register_autograd("fgattn::select_pooled", lambda ctx, grad: (None,) * 18)
 
 
 # select_dfs, select_static, keep_dense: plain PyTorch on every device
 
 
 @torch.library.register_fake("fgattn::select_dfs")
-def _select_dfs_fake(q, k, key_bias, order, scale, m, n, density):
+def _select_dfs_fake(q, k, key_bias, order, scale, m, n, density, head_density=None):
+    density = joined_density("select_dfs", density, head_density)
     check_dfs(q, k, key_bias, order, m, n, density)
     return _new_mask(q, k, m, n)
 
 
-def _select_dfs(q, k, key_bias, order, scale, m, n, density):
+def _select_dfs(q, k, key_bias, order, scale, m, n, density, head_density=None):
     from fg_inductor.kernels import select_dfs
 
+    density = joined_density("select_dfs", density, head_density)
     check_dfs(q, k, key_bias, order, m, n, density)
     return select_dfs.select_dfs(q, k, key_bias, order, scale, m, n, density)
 
@@ -141,7 +146,7 @@ def _keep_dense(mask, order, queries, keys, m, n, dense_keys, dense_queries):
 
 
 for _name, _run, _inputs in (
-    ("select_dfs", _select_dfs, 8),
+    ("select_dfs", _select_dfs, 9),
     ("select_static", _select_static, 11),
     ("keep_dense", _keep_dense, 8),
 ):
@@ -156,8 +161,9 @@ for _name, _run, _inputs in (
 @torch.library.register_fake("fgattn::update_observed_")
 def _update_observed_fake(
     q, k, mask, key_bias, order, scale, m, n, reduce, top_p, density, max_density, dense_keys, dense_queries, min_seq,
-    refresh,
+    refresh, head_density=None,
 ):  # fmt: skip
+    density = joined_density("update_observed_", density, head_density)
     selection = (reduce, top_p, density, max_density, dense_keys, dense_queries)
     check_observed(q, k, mask, key_bias, order, m, n, *selection, refresh)
 
@@ -165,8 +171,9 @@ def _update_observed_fake(
 def _update_observed(observe):
     def run(
         q, k, mask, key_bias, order, scale, m, n, reduce, top_p, density, max_density, dense_keys, dense_queries,
-        min_seq, refresh,
+        min_seq, refresh, head_density=None,
     ):  # fmt: skip
+        density = joined_density("update_observed_", density, head_density)
         selection = (reduce, top_p, density, max_density, list(dense_keys), list(dense_queries))
         check_observed(q, k, mask, key_bias, order, m, n, *selection, refresh)
         if min(q.shape[2], k.shape[2]) >= min_seq:  # below it attention is dense, whatever the mask

@@ -138,7 +138,7 @@ def best_groups(
     m: int,
     n: int,
     top_p: float,
-    density: float | None,
+    density: float | list[float] | None,
     max_density: float,
     dense_keys: list[int],
     dense_queries: list[int],
@@ -148,6 +148,7 @@ def best_groups(
 
     valid   bool [B, G], False where all keys of the group are masked
     tokens  the original places of the queries of the slices, in query order
+    density one number, or one for each head
     bound   [B, 1, T, 1], or None: keep the groups with a score above it, instead of ``top_p``
 
     Groups are ranked by score (ties: the lower index first), groups in ``dense_keys`` and groups with a NaN score
@@ -161,6 +162,8 @@ def best_groups(
     forced = any_in_chunks(in_ranges(torch.arange(keys, device=device), list(dense_keys)), n) | score.isnan()
     mass = score.nan_to_num(0, 0, 0)
     share = max_density if density is None else density
+    if isinstance(share, list):
+        share = torch.tensor(share, dtype=torch.float64, device=device).view(-1, 1, 1)
     limit = (valid.sum(-1, keepdim=True).double() * share + 0.5).floor().clamp_min(1)
     ranked = ranking(mass, forced, valid)
     kept = torch.arange(groups, device=device) < limit
@@ -239,7 +242,7 @@ def select_pooled(
     n: int,
     pool: int = 16,
     top_p: float = 0.9,
-    density: float | None = None,
+    density: float | list[float] | None = None,
     max_density: float = 1.0,
     dense_keys: list[int] = (),
     dense_queries: list[int] = (),
@@ -296,7 +299,7 @@ def observed_mask(
     n: int,
     reduce: str = "sum",
     top_p: float = 0.9,
-    density: float | None = None,
+    density: float | list[float] | None = None,
     max_density: float = 1.0,
     dense_keys: list[int] = (),
     dense_queries: list[int] = (),

@@ -42,6 +42,19 @@ def _in_ranges(index, size, ranges):
 
 
 @triton.jit
+def _of_head(shares, h):
+    """The share of head h in float64: three float32 parts for all heads, or three for each (``_parts``)."""
+    high = shares[0]
+    middle = shares[1]
+    low = shares[2]
+    for i in tl.static_range(1, len(shares) // 3):
+        high = tl.where(h == i, shares[3 * i], high)
+        middle = tl.where(h == i, shares[3 * i + 1], middle)
+        low = tl.where(h == i, shares[3 * i + 2], low)
+    return tl.full([], high, tl.float64) + tl.full([], middle, tl.float64) + tl.full([], low, tl.float64)
+
+
+@triton.jit
 def _value(x, half: tl.constexpr, WIDE: tl.constexpr):
     """float32 scores of a tile: float32 itself, or one half of each pair."""
     if WIDE:
@@ -182,10 +195,11 @@ def _store_words(x, mask_ptr, first, W, cut, ties, everything, WIDE: tl.constexp
 def _cut(
     row_ptr, order_ptr, mask_ptr, refresh_ptr,
     stride_mb, stride_mh, stride_mt,
-    first_head, heads, T, W, Sq, groups, limit, share_high, share_low, top_p, alpha, summed, dense_keys, dense_queries,
+    first_head, heads, T, W, Sq, groups, limit, shares, top_p, alpha, summed, dense_keys, dense_queries,
     M: tl.constexpr, N: tl.constexpr, WORDS: tl.constexpr, REST: tl.constexpr, LOOP: tl.constexpr, LEAN: tl.constexpr,
     WIDE: tl.constexpr, COUNT: tl.constexpr, MASS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ORDER: tl.constexpr,
     HAS_FORCED: tl.constexpr, HAS_DENSE: tl.constexpr, ALPHA: tl.constexpr, HAS_REFRESH: tl.constexpr,
+    BY_HEAD: tl.constexpr,
 ):  # fmt: skip
     if HAS_REFRESH:  # noqa: SIM102 (decided when it is compiled)
         if tl.load(refresh_ptr) == 0:
@@ -216,10 +230,10 @@ def _cut(
             valid += z_valid
             top = tl.maximum(top, z_top)
             mass += z_total
-    if HAS_BIAS:  # the share of the groups that are not masked; float64 as in the reference
+    if HAS_BIAS:
         groups = valid
-        share = tl.full([], share_high, tl.float64) + tl.full([], share_low, tl.float64)
-        limit = tl.maximum(groups.to(tl.float64) * share + 0.5, 1.0).to(tl.int32)
+    if HAS_BIAS or BY_HEAD:  # the share of the groups that are not masked; float64 as in the reference
+        limit = tl.maximum(groups.to(tl.float64) * _of_head(shares, h) + 0.5, 1.0).to(tl.int32)
     total = mass + forced_mass
     target = total * top_p
     most = limit.to(tl.float32)
@@ -333,15 +347,24 @@ def configuration(words: int, wide: bool) -> dict:
     return {"WORDS": head, "REST": rest, "LOOP": words > head + rest, "LEAN": head > 1024, "num_warps": warps}
 
 
+def _parts(shares: list[float]) -> tuple[float, ...]:
+    """Three numbers of float32 for each that sum to it: what a kernel takes of a float64."""
+    parts, rest = [], torch.tensor(shares, dtype=torch.float64)
+    for _ in range(3):
+        parts.append(rest.float())
+        rest = rest - parts[-1]
+    return tuple(torch.stack(parts, 1).flatten().tolist())
+
+
 def launch(
     score: Tensor, mask: Tensor, first: int, heads: int, groups: int, m: int, n: int, queries: int, keys: int,
-    order: Tensor | None, top_p: float | None, share: float, alpha: float | None, summed: int, masked: bool,
-    dense_keys: list[int], dense_queries: list[int], refresh: Tensor | None = None,
+    order: Tensor | None, top_p: float | None, share: float | list[float], alpha: float | None, summed: int,
+    masked: bool, dense_keys: list[int], dense_queries: list[int], refresh: Tensor | None = None,
 ) -> None:  # fmt: skip
     """Write mask[:, first : first + heads] from the scores of these heads.
 
     top_p   share of the mass to keep, or None
-    share   share of the groups to keep at most
+    share   share of the groups to keep at most; one for each of the mask's heads, or one for all
     alpha   drop groups that have no more than alpha times the probability of each if all had the same; or None
     summed  queries for each of the probabilities that a score is the sum of
     masked  whether a group may be masked, so that ``share`` is of those that are not
@@ -350,14 +373,14 @@ def launch(
     B, _, T, W = mask.shape
     # A range ends with the keys: it does not reach into the padding of the last group.
     dense_keys = tuple(min(x, keys) for x in dense_keys)
-    high = torch.tensor(share, dtype=torch.float32).item()
+    shares = share if isinstance(share, list) else [share]
     wide = score.dtype == torch.float32
     _cut[(T, B * heads)](
         score if wide else score.view(torch.int32), order, mask, refresh, *mask.stride()[:3],
-        first, heads, T, W, queries, groups, max(1, int(groups * share + 0.5)), high, share - high,
+        first, heads, T, W, queries, groups, max(1, int(groups * shares[0] + 0.5)), _parts(shares),
         1.0 if top_p is None else top_p, alpha or 0.0, summed, dense_keys, tuple(dense_queries),
-        M=m, N=n, WIDE=wide, COUNT=share < 1 or (top_p is None and alpha is None), MASS=top_p is not None,
+        M=m, N=n, WIDE=wide, COUNT=min(shares) < 1 or (top_p is None and alpha is None), MASS=top_p is not None,
         HAS_BIAS=masked, HAS_ORDER=order is not None, HAS_FORCED=bool(dense_keys), HAS_DENSE=bool(dense_queries),
-        ALPHA=alpha is not None, HAS_REFRESH=refresh is not None,
+        ALPHA=alpha is not None, HAS_REFRESH=refresh is not None, BY_HEAD=len(shares) > 1,
         **configuration(W, wide),
     )  # fmt: skip

@@ -33,10 +33,21 @@ def block_scores(q: Tensor, k: Tensor, key_bias: Tensor | None, order: Tensor, s
 
 
 def select_dfs(
-    q: Tensor, k: Tensor, key_bias: Tensor | None, order: Tensor, scale: float, m: int, n: int, density: float
+    q: Tensor,
+    k: Tensor,
+    key_bias: Tensor | None,
+    order: Tensor,
+    scale: float,
+    m: int,
+    n: int,
+    density: float | list[float],
 ) -> Tensor:
-    """The block mask [B, Hq, T, W] of the best round(density * blocks) blocks, one at least; NaN scores first."""
+    """The block mask [B, Hq, T, W] of the best round(density * blocks) blocks, one at least; NaN scores first.
+
+    density: one number, or one for each head.
+    """
     heads, share = q.shape[1], q.shape[1] // k.shape[1]
+    densities = density if isinstance(density, list) else [density] * heads
     place = torch.empty_like(order).scatter_(0, order.long(), torch.arange(len(order), device=q.device).int())
     block_of_key = place // BLOCK
     words = word_count(k.shape[2], n)
@@ -45,7 +56,7 @@ def select_dfs(
         one = slice(h // share, h // share + 1)
         score, valid = block_scores(q[:, h : h + 1], k[:, one], key_bias, order, scale, m)
         valid, forced = valid[:, None, None], score.isnan()
-        limit = (valid.sum(-1, keepdim=True).double() * density + 0.5).floor().clamp_min(1)
+        limit = (valid.sum(-1, keepdim=True).double() * densities[h] + 0.5).floor().clamp_min(1)
         ranked = reference.ranking(score.nan_to_num(0, 0, 0), forced, valid)
         kept = torch.arange(score.shape[-1], device=q.device) < limit
         keep = torch.zeros_like(forced).scatter(-1, ranked, kept.expand_as(ranked).contiguous())

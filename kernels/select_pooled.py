@@ -25,7 +25,7 @@ def launch(
     n: int,
     pool: int,
     top_p: float,
-    density: float | None,
+    density: float | list[float] | None,
     max_density: float,
     dense_keys: list[int],
     dense_queries: list[int],

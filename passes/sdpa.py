@@ -94,10 +94,13 @@ class _Rewriter:
             row["kind"] = provenance.kind_of(self.program, attention.query, attention.key)
             stand_in = self.stand_ins.get(node)
             written = stand_in and stand_in.refused
-            refused = refusal(attention, row["kind"], self.program, self.layout, self.settings, written)
+            settings = self.settings.for_site(row["path"])
+            if settings.mask == "dense" != self.settings.mask:
+                return self._left_dense(row, node, Refusal("dense in fgattn.sites"))
+            refused = refusal(attention, row["kind"], self.program, self.layout, settings, written)
             if refused:
                 return self._left_dense(row, node, refused)
-            min_seq, details = self._replace(attention, index)
+            min_seq, details = self._replace(attention, index, settings)
             if stand_in:
                 details["written as"] = stand_in.form
                 self.stand_ins.pop(node).keep()
@@ -120,8 +123,8 @@ class _Rewriter:
         reasons = {"reason": refused.reason, "detail": refused.detail, "video": refused.video}
         return Site(**row, decision="dense", **reasons, details=how)
 
-    def _replace(self, attention: Call, index: int) -> tuple[int, dict]:
-        node, graph, settings = attention.node, attention.node.graph, self.settings
+    def _replace(self, attention: Call, index: int, settings) -> tuple[int, dict]:
+        node, graph = attention.node, attention.node.graph
         q, k, v = attention.query, attention.key, attention.value
         lengths = [value(x).shape[2] for x in (q, k)]
         min_seq = 0 if all(known(x >= settings.min_seq) for x in lengths) else settings.min_seq
@@ -133,7 +136,7 @@ class _Rewriter:
                 bias, valid_queries = self._masks(attention, graph)
                 details["key_mask"] = shape_text(value(attention.attn_mask))
             dense_keys, dense_queries = (segments.text_ranges(graph, x, node) for x in (of_keys, of_queries))
-            order = self._order(q, of_queries, node, details)
+            order = self._order(q, of_queries, node, settings, details)
             shape = (attention.factor, settings.m, settings.n)
             cast = value(node).dtype
             operands = selector.Operands(q, k, bias, order, attention.factor, dense_keys, dense_queries, min_seq)
@@ -178,9 +181,9 @@ class _Rewriter:
             return of_queries or of_keys, of_keys or of_queries
         return of_queries, of_keys
 
-    def _order(self, q: Node, of_queries: segments.Segments, node: Node, details: dict) -> Node | None:
+    def _order(self, q: Node, of_queries: segments.Segments, node: Node, settings, details: dict) -> Node | None:
         """The query order of cubes of the token grid: one node a graph for each (grid, m, text)."""
-        settings, graph = self.settings, node.graph
+        graph = node.graph
         if settings.token_grid is None:
             return None
         of_queries = of_queries or (Extent(value(q).shape[2], q, 2),)

@@ -39,10 +39,16 @@ def emit(graph: Graph, settings, x: Operands, origin: Node, cast: torch.dtype, m
     ``memo``: that of ``passes.graph.call``.
     """
     shape = (x.scale, settings.m, settings.n)
+    density = settings.block_density if settings.mask == "dfs" else settings.density
+    by_head = list(density) if isinstance(density, tuple) else None
+    if by_head and not same(len(by_head), value(x.q).shape[1]):
+        detail = f"{len(by_head)} in fgattn.sites for {value(x.q).shape[1]} heads"
+        raise Refused(Refusal("densities for another number of heads", detail, True))
+    density = None if by_head else density
     if settings.mask in ("pooled", "observed"):  # which ``passes.state`` replaces where it can keep masks
-        density = (settings.queries_per_mean, settings.top_p, settings.density, settings.max_density)
+        keep = (settings.queries_per_mean, settings.top_p, density, settings.max_density)
         rules = (x.dense_keys, x.dense_queries, x.min_seq, settings.reduce, settings.gamma, settings.alpha)
-        args = (x.q, x.k, x.key_bias, x.order, *shape, *density, *rules)
+        args = (x.q, x.k, x.key_bias, x.order, *shape, *keep, *rules, by_head)
         return call(graph, ops.select_pooled, args, origin, cast, memo)
     if settings.mask in ("static", "dfs"):  # they place queries and keys in the grid
         if x.order is None:
@@ -56,7 +62,7 @@ def emit(graph: Graph, settings, x: Operands, origin: Node, cast: torch.dtype, m
         args = (x.q, x.k, x.order, *shape[1:], grid, before, rule.tile, rule.window, rule.radius, rule.ranges)
         mask = call(graph, ops.select_static, args, origin, cast, memo)
     elif settings.mask == "dfs":
-        args = (x.q, x.k, x.key_bias, x.order, *shape, settings.block_density)
+        args = (x.q, x.k, x.key_bias, x.order, *shape, density, by_head)
         mask = call(graph, ops.select_dfs, args, origin, cast, memo)
     else:
         mask = call(graph, settings.selector, (x.q, x.k, x.key_bias, x.order, *shape), origin, cast)

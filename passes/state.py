@@ -91,9 +91,10 @@ def add_state(gm: GraphModule, example_inputs: list[Any]) -> Stateful:
         names = ("scale", "m", "n", "reduce", "top_p", "density", "max_density", "dense_keys", "dense_queries")
         rest = [given.get(name, "sum" if name == "reduce" else None) for name in names]
         arguments = (given["q"], given["k"], mask, given["key_bias"], given["order"], *rest, given["min_seq"])
+        by_head = given.get("head_density")
         with gm.graph.inserting_before(select):
             flag = flags[value(node.args[0]).device]
-            call(gm.graph, ops.update_observed_, (*arguments, flag), node, cast=value(node)[0].dtype)
+            call(gm.graph, ops.update_observed_, (*arguments, flag, by_head), node, cast=value(node)[0].dtype)
         select.replace_all_uses_with(mask)
         gm.graph.erase_node(select)
     gm.graph.lint()

@@ -26,6 +26,7 @@ CASES = (
     Case("max", reduce="max", density=0.3),
     Case("max-peaked", reduce="max", spread=30.0, m=32),  # the mass of one query decides
     Case("max-density", max_density=0.2),
+    Case("by-head", heads=3, kv_heads=3, density=(0.6, 0.05, 0.3)),
     Case("peaked", spread=30.0, n=1),  # few groups hold all the mass; exp overflows unless the maximum is subtracted
     Case("single-keys", m=128, n=1, density=0.25),
     Case("whole-blocks", m=128, n=128, keys=700, density=0.5),
@@ -109,9 +110,12 @@ def test_refreshes_only_when_told(case, poison):
     q, k, rest = arguments(case)
     mask = empty_mask(case, value=7)
     address = mask.data_ptr()
-    ops.update_observed_(q, k, mask, *rest, 0, torch.tensor(False))
+    *first, density, most, dense_keys, dense_queries = rest
+    uniform, by_head = (None, density) if isinstance(density, list) else (density, None)
+    given = (q, k, mask, *first, uniform, most, dense_keys, dense_queries, 0)
+    ops.update_observed_(*given, torch.tensor(False), by_head)
     assert (mask == 7).all()
-    ops.update_observed_(q, k, mask, *rest, 0, torch.tensor(True))
+    ops.update_observed_(*given, torch.tensor(True), by_head)
     assert torch.equal(mask, reference.observed_mask(q, k, *rest))
     assert mask.data_ptr() == address
 

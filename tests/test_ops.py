@@ -53,7 +53,8 @@ def _every_call(case, dtype, wanted):
     attention = q, k, v, mask, key_bias, order, scale, m, n, *_ = _attention_arguments(case, dtype, wanted)
     ranges = {"dense_keys": [0, 3, 17, 20], "dense_queries": [5, 6]}
     select = _select_arguments(q, k, key_bias, order, scale, m, n, density=0.3, **ranges)
-    observed = q, k, mask.clone(), key_bias, order, scale, m, n, "max", 0.8, 0.3, 1.0, *ranges.values(), 0
+    observed = q, k, mask.clone(), key_bias, order, scale, m, n, "max", 0.8, None, 1.0, *ranges.values(), 0
+    by_head = [0.3, 0.1, 0.9, 0.5][: q.shape[1]]
     with torch.no_grad():
         backward = torch.randn_like(q), q, k, v, *ops.attention(*attention), *attention[3:]
     backward = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in backward)
@@ -64,10 +65,10 @@ def _every_call(case, dtype, wanted):
     rule = ([1, 2, length // 2], 0, [1, 1, 4], [1, 1, 3], 5.0, [0, 3])
     return (
         ("select_pooled", ops.select_pooled, select),
-        ("select_dfs", ops.select_dfs, (*square, bias, placed, scale, m, n, 0.3)),
+        ("select_dfs", ops.select_dfs, (*square, bias, placed, scale, m, n, None, by_head)),
         ("select_static", ops.select_static, (*square, placed, m, n, *rule)),
         ("keep_dense", ops.keep_dense, (mask, order, q.shape[2], k.shape[2], m, n, *ranges.values())),
-        ("update_observed_", ops.update_observed_, (*observed, torch.tensor(True))),
+        ("update_observed_", ops.update_observed_, (*observed, torch.tensor(True), by_head)),
         ("attention", ops.attention, attention),
         ("attention_backward", torch.ops.fgattn.attention_backward.default, backward),
         ("kept_density", ops.kept_density, (mask, key_bias, case.queries, case.keys, m, n)),
@@ -343,6 +344,15 @@ SELECT_ONLY = {
     "top-p-percent": ({"top_p": 90.0}, r"top_p=90.0 must lie in \(0, 1\]"),
     "odd-keys": ({"dense_keys": [0, 4, 9]}, r"dense_keys must hold \[start, end\) pairs, got 3 numbers"),
     "odd-queries": ({"dense_queries": [7]}, r"dense_queries must hold \[start, end\) pairs, got 1 numbers"),
+    "head-density-two": (
+        {"head_density": [0.1, 2.0, 0.1, 0.1]},
+        r"head_density=\[0.1, 2.0, .*: each number must lie in",
+    ),
+    "head-density-heads": ({"head_density": [0.1] * 3}, r"has 3 numbers, but q \(2, 4, 40, 64\) has 4 heads; give as"),
+    "head-density-density": (
+        {"head_density": [0.1] * 4, "density": 0.3},
+        r"density=0.3 and head_density=\[.* give one",
+    ),
     "reduce": ({"reduce": "mean"}, r"reduce='mean'; choose one of \('sum', 'max'\)"),
     "gamma": ({"gamma": 1.0}, "gamma=1.0 is compared with cosines; it must lie between 0 and 1"),
     "alpha": ({"alpha": 0.0}, "alpha=0.0 with density=None; give a positive alpha"),
@@ -379,11 +389,12 @@ def _bad_call(op, changes):
     tensors = _tensors()
     if op is ops.select_pooled:
         usual = {"pool": 16, "top_p": 0.9, "density": None, "max_density": 1.0, "dense_keys": [], "dense_queries": []}
-        usual |= {"reduce": "sum", "gamma": None, "alpha": None}
+        usual |= {"reduce": "sum", "gamma": None, "alpha": None, "head_density": None}
         tensors.pop("v")
     elif op is ops.update_observed_:
         usual = {"reduce": "sum", "top_p": 0.9, "density": None, "max_density": 1.0, "dense_keys": []}
         usual |= {"dense_queries": [], "refresh": torch.tensor(True), "mask": torch.zeros(2, 4, 3, 4).int()}
+        usual |= {"head_density": None}
         tensors.pop("v")
     else:
         usual = {"mask": torch.zeros(2, 4, 3, 4, dtype=torch.int32), "tail": "none", "kernel_name": "auto"}

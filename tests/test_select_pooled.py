@@ -57,6 +57,9 @@ CASES = (
     Case("both-mass", top_p=0.3, max_density=0.9),  # top-p and its bound: the mass binds
     Case("both-bound", top_p=0.95, max_density=0.3),
     Case("both-padding", batch=2, keys=420, bias="padding", top_p=0.9, max_density=0.3),
+    Case("by-head", batch=2, heads=4, kv_heads=2, density=(0.05, 0.9, 1.0, 0.3)),
+    Case("by-head-padding", batch=2, keys=280, heads=3, kv_heads=1, bias="entry", density=(0.7, 0.1, 1e-9)),  # 24.5
+    Case("by-head-ranges", dense_keys=(37, 60), dense_queries=(0, 1), density=(0.02, 0.5)),
     Case("max", reduce="max", spread=4.0),
     Case("max-pool-8", m=128, pool=8, queries=200, reduce="max", density=0.3),  # means without a query
     Case("max-padding", batch=2, keys=420, bias="padding", reduce="max"),
@@ -144,6 +147,7 @@ def test_every_slice_shape(m, n, device, poison):
 def test_heads_in_chunks(device, poison, monkeypatch):
     monkeypatch.setattr(select_scores, "SCORE_BYTES", 1)
     check(replace(CASES[3], id="chunks", batch=2, heads=4), torch.float32, device)
+    check(replace(CASES[1], id="by-head", heads=4, density=(0.1, 0.2, 0.9, 0.4)), torch.float32, device)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.id in ("top-p", "density", "ranges", "padding")], ids=str)

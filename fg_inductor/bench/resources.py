@@ -42,7 +42,8 @@ POINTERS = {
     "statistics_ptr": "*fp32", "dk_sum_ptr": "*fp32", "dv_sum_ptr": "*fp32", "dtail_k_ptr": "*fp32",
     "dtail_v_ptr": "*fp32",
 }  # fmt: skip
-FLOATS = ("scale", "qk_scale", "last_bias", "top_p", "share_high", "share_low", "alpha", "gamma")
+TUPLES = {"shares": ("fp32",) * 3}
+FLOATS = ("scale", "qk_scale", "last_bias", "top_p", "alpha", "gamma")
 
 
 def compile_for_hopper(kernel, constants: dict, **options):
@@ -51,11 +52,13 @@ def compile_for_hopper(kernel, constants: dict, **options):
     for i, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
+        elif name in TUPLES:
+            signature[name] = TUPLES[name]
         elif name.endswith("_ptr"):
             signature[name] = POINTERS.get(name, "*bf16")
         else:
             signature[name] = "fp32" if name in FLOATS else "i32"
-        if signature[name].startswith("*") or name.startswith("stride_"):
+        if signature[name][0] == "*" or name.startswith("stride_"):
             attributes[(i,)] = [["tt.divisibility", 16]]
     language = GluonASTSource if kernel.is_gluon() else ASTSource
     source = language(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
@@ -211,7 +214,7 @@ def table() -> list[dict]:
         constants = scoring | config | dict(P=p, SPLITS=2, WIDE=False, MAX=bool(reduce))
         rows.append(resources(select_scores._scores, f"D 128 P {p}{reduce}", constants, **options))
     choice = dict(M=128, N=8, WIDE=False, HAS_BIAS=False, HAS_ORDER=False, HAS_FORCED=False, HAS_DENSE=False)
-    choice |= dict(order_ptr=None, dense_keys=(), dense_queries=(), refresh_ptr=None, HAS_REFRESH=False)
+    choice |= dict(order_ptr=None, dense_keys=(), dense_queries=(), refresh_ptr=None, HAS_REFRESH=False, BY_HEAD=False)
     for groups in (4095, 32_760, 75_600):
         for name, mass, alpha in (("top-p", True, False), ("density", False, False), ("alpha", False, True)):
             config = select_cut.configuration((groups + 127) // 128 * 4, wide=False)
