@@ -27,13 +27,16 @@ def draw(
     title: str,
     head: str,
 ) -> Figure:
-    """Clips are [1, 3, frames, side, side]; mask int32 [T, W] is one head's, order int32 [S]; grid is in tokens."""
+    """Clips are [1, 3, frames, side, side]; mask int32 [T, W] is one head's, order int32 [S] that of queries and keys.
+
+    The grid is in tokens.
+    """
     keep = unpack(mask, group_count(len(order), settings.n))  # [slices, groups]
     with matplotlib.rc_context({"font.size": 9, "text.color": INK, "axes.edgecolor": "#9aa3ad"}):
         figure = Figure(figsize=(12, 10.4), layout="constrained", facecolor="white")
         top, middle, bottom = figure.subfigures(3, 1, height_ratios=(5.2, 2.4, 2.8))
         _draw_frames(top, clip, noisy, dense, sparse, title)
-        _draw_mask(middle, keep, grid, settings, head)
+        _draw_mask(middle, keep, settings, head)
         _draw_slice(bottom, clip, keep, order, grid, settings)
     return figure
 
@@ -59,19 +62,14 @@ def _draw_frames(figure, clip, noisy, dense, sparse, title):
         axes[i, 0].set_ylabel(f"frame {frame}")
 
 
-def _draw_mask(figure, keep, grid, settings, head):
+def _draw_mask(figure, keep, settings, head):
     axis = figure.subplots()
     colours = LinearSegmentedColormap.from_list("kept", [DROPPED, KEPT])
     smooth = "nearest" if keep.shape[1] < PIXELS else "antialiased"
     axis.imshow(keep.float().numpy(), aspect="auto", interpolation=smooth, cmap=colours, vmin=0, vmax=1)
-    per_frame = grid[1] * grid[2] / settings.n
     axis.set_title(f"block mask of {head}: blue is computed, {keep.float().mean():.0%} of all", loc="left")
-    named = range(0, grid[0], (grid[0] + 15) // 16)
-    axis.set_xticks([per_frame * (frame + 0.5) for frame in named], map(str, named))
     axis.tick_params(length=0)
-    for frame in named[1:]:
-        axis.axvline(per_frame * frame - 0.5, color="#c2c9d1", linewidth=0.8)
-    axis.set_xlabel(f"key groups of {settings.n}, by frame")
+    axis.set_xlabel(f"key groups of {settings.n}, in the order of the slices")
     axis.set_ylabel(f"query slices of {settings.m}")
 
 
@@ -80,7 +78,9 @@ def _draw_slice(figure, clip, keep, order, grid, settings):
     frames, height, width = grid
     center = (frames // 2 * height + height // 2) * width + width // 2
     row = int((order == center).nonzero()[0, 0]) // settings.m
-    kept = keep[row].repeat_interleave(settings.n)[: len(order)].view(grid)
+    kept = torch.empty(len(order), dtype=torch.bool)
+    kept[order.long()] = keep[row].repeat_interleave(settings.n)[: len(order)]
+    kept = kept.view(grid)
     queries = torch.zeros(len(order), dtype=torch.bool)
     queries[order[row * settings.m : (row + 1) * settings.m].long()] = True
     queries = queries.view(grid)

@@ -71,6 +71,7 @@ def main() -> None:
 
     # The mask is an ordinary value: make it once more, by hand, from the queries and keys of one layer.
     settings = Settings.parse({name: value for name, value in options.items() if name.startswith("fgattn.")})
+    settings = settings.with_order(True)
     mask, order = mask_of_layer(model, args.layer, noisy, NOISE, grid, settings)
     picture = pictures.draw(
         clip, noisy, dense, sparse, mask[0, args.head].cpu(), order.cpu(), grid, settings,
@@ -93,14 +94,15 @@ def denoise(name: str, model, noisy: Tensor, levels: list[float]) -> tuple[Tenso
 
 
 def mask_of_layer(model, layer: int, noisy: Tensor, level: float, grid, settings: Settings) -> tuple[Tensor, Tensor]:
-    """The block mask [1, H, T, W] that the backend makes in one layer at one noise level, and its query order [S]."""
+    """The block mask [1, H, T, W] that the backend makes in one layer at one noise level, and the order of tokens."""
     with SelfAttentionInputs() as calls:
         tiny_dit.denoise(model, noisy, [level, 0.0])
     q, k = calls.inputs[layer]
     order = ops.query_order(*grid, 0, 0, settings.m, q.device)
+    k = ops.reorder(k, order)
     mask = ops.select_pooled(
         q, k, None, order, q.shape[-1] ** -0.5, settings.m, settings.n, settings.queries_per_mean,
-        settings.top_p, settings.density, settings.max_density, [], [], 0,
+        settings.mass, settings.share, settings.max_density, [], [], 0,
     )  # fmt: skip
     return mask, order
 

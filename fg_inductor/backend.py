@@ -349,6 +349,8 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], inner: str, patches
 
     maybe_warm_pool()
     from torch._inductor.compile_fx import compile_fx
+    from torch._inductor.decomposition import select_decomp_table
 
+    decompositions = {**select_decomp_table(), ops.reorder: ops.reorder_decomposition}
     # As patches and not in a ``with``: backward is compiled later, and must see them too.
-    return compile_fx(gm, example_inputs, config_patches=patches)
+    return compile_fx(gm, example_inputs, config_patches=patches, decompositions=decompositions)

@@ -90,7 +90,8 @@ def page(report: Report, pictures: dict[tuple[str, int], Picture], title: str) -
     rows = "".join(map(_table_row, report))
     shown = [x for picture in pictures.values() for x in picture.densities]
     mean = f" · mean kept density {sum(shown) / len(shown):.3f}" if shown else ""
-    settings = html.escape(summary(report[0].settings)) if len(report) else ""
+    shown = next((row for row in report if row.site.rewritten), None)
+    settings = html.escape(summary(shown.settings, shown.site.slice)) if shown else ""
     head = f"{report.rewritten} of {len(report)} attention sites rewritten{mean}"
     return f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
@@ -100,7 +101,8 @@ def page(report: Report, pictures: dict[tuple[str, int], Picture], title: str) -
 <thead><tr>{"".join(f"<th>{name}</th>" for name in COLUMNS)}</tr></thead>
 <tbody>{rows}</tbody></table></div></section>
 <section><h2>Block masks</h2><p class="muted legend"><span class="ramp"></span> none to all of the pairs under a pixel
-are kept. Rows are query slices in query order, columns are keys as they lie in memory; the first batch entry.</p>
+are kept. Rows are query slices and columns key groups, both in query order (keys as they lie in memory where no token
+grid is known and in groups of one key); the first batch entry.</p>
 {"".join(cards) or '<p class="muted">No site was rewritten.</p>'}</section></main></body></html>
 """
 

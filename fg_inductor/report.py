@@ -60,7 +60,7 @@ class Row:
         density = "" if self.density is None else f"{self.density:.3f}"
         return (
             self.graph, site.path, site.kind, site.query, site.key, site.dtype, site.decision, self.kernel or "",
-            "" if dense else summary(self.settings), density, notes,
+            "" if dense else summary(self.settings, site.slice), density, notes,
         )  # fmt: skip
 
 
@@ -131,19 +131,17 @@ def _rich_table(report: Report):
     return table
 
 
-def summary(settings: Settings) -> str:
-    """What decides the mask, in few words: ``pooled 128x8, top_p 0.9``."""
+def summary(settings: Settings, slice_: str) -> str:
+    """What decides the mask, in few words: ``pooled 128x16, density 0.3``."""
     keep = ""
-    if settings.mask == "dfs":
-        keep = f", density {_number(settings.block_density)}"
-    elif settings.mask in ("pooled", "observed"):
-        rule = next(name for name in ("alpha", "density", "top_p") if getattr(settings, name) is not None)
-        keep = f", {rule} {_number(getattr(settings, rule))}"
+    if settings.mask in ("pooled", "observed", "dfs"):
+        rule = next((name for name in ("alpha", "top_p") if getattr(settings, name) is not None), None)
+        keep = f", {rule} {_number(getattr(settings, rule))}" if rule else f", density {_number(settings.share)}"
     tail = "" if settings.tail == "none" else f", {settings.tail} tail"
     steps = settings.refresh if isinstance(settings.refresh, str) else f"at {', '.join(map(str, settings.refresh))}"
     again = f", refreshed {steps}" if settings.mask == "observed" else ""
     sites = "" if settings.sites is None else ", sites by fgattn.sites"
-    return f"{settings.mask} {settings.slice}{keep}{tail}{again}{sites}"
+    return f"{settings.mask} {slice_}{keep}{tail}{again}{sites}"
 
 
 def _number(x: float | tuple[float, ...]) -> str:
@@ -269,7 +267,8 @@ def announce(graph: str, rows: list[Row], settings: Settings) -> None:
         return
     _announced.add((settings, done > 0))
     if done:
-        fact = f"now run sparse, which is approximate: {summary(settings)}"
+        slice_ = next(row.site.slice for row in rows if row.site.rewritten)
+        fact = f"now run sparse, which is approximate: {summary(settings, slice_)}"
     elif rows:
         reason, count = collections.Counter(row.site.reason for row in rows).most_common(1)[0]
         fact = f"run sparse; the most common reason ({count}): {reason}"

@@ -17,6 +17,7 @@ from fg_inductor.site_settings import Sites
 PREFIX = "fgattn."
 INNERS = ("inductor", "aot_eager", "eager")
 WHENS = ("faster", "always")
+RULES = ("density", "top_p", "alpha")  # of which one at most is given
 BY_HEAD = ("pooled", "observed", "dfs", "dense")  # masks that a density for each head goes with
 
 
@@ -91,9 +92,11 @@ def _pool(value):
 
 
 def _slice(value):
+    if isinstance(value, str) and value == "auto":
+        return value
     m, _, n = value.partition("x") if isinstance(value, str) else ("", "", "")
     if not (m.isdecimal() and n.isdecimal() and int(m) in SLICES and int(n) in GROUPS):
-        raise ValueError(f"must be 'MxN', M queries in {SLICES} by N keys in {GROUPS}, such as '128x8'")
+        raise ValueError(f"must be 'auto', or 'MxN', M queries in {SLICES} by N keys in {GROUPS}, such as '128x8'")
     return f"{int(m)}x{int(n)}"
 
 
@@ -185,10 +188,17 @@ class Settings:
         "selector that makes the mask: 'pooled' (at run time), 'observed' (exact, kept over steps), 'dfs' (DFSAttn's "
         "blocks), 'static' (by place alone), 'dense', or one of your own (`docs/selectors.md`)",
     )
-    slice: str = _option("128x8", _slice, "M queries by N keys that are kept or dropped together")
-    top_p: float = _option(0.9, _fraction(), "share of the estimated attention mass to keep, in (0, 1]")
+    slice: str = _option(
+        "auto",
+        _slice,
+        "M queries by N keys that are kept or dropped together; 'auto': 128x16 where the token grid is known, else "
+        "128x8",
+    )
     density: float | tuple[float, ...] | None = _option(  # by head from ``sites`` alone
-        None, _fraction(optional=True), "fixed share of key groups to keep, instead of top_p; 'dfs' has 0.3 for None"
+        None, _fraction(optional=True), "share of its key groups that a slice keeps; 0.3 where nothing else is given"
+    )
+    top_p: float | None = _option(
+        None, _fraction(optional=True), "instead of density: share of the estimated attention mass to keep, in (0, 1]"
     )
     max_density: float = _option(1.0, _fraction(), "bound on the share of key groups that top_p keeps")
     pool: int | str = _option(
@@ -201,7 +211,7 @@ class Settings:
         None, _between(1), "self-similarity (mean cosine with the mean) below which slices and groups are kept whole"
     )
     alpha: float | None = _option(
-        None, _between(math.inf), "keep groups above alpha times the uniform probability, instead of top_p"
+        None, _between(math.inf), "instead of density: keep groups above alpha times the uniform probability"
     )
     static: StaticMask | None = _option(  # noqa: RUF009
         None,
@@ -273,9 +283,10 @@ class Settings:
 
     def _check(self) -> None:
         """Raises ValueError for options that contradict each other."""
-        if self.alpha is not None and self.density is not None:
+        given = [f"{name}={getattr(self, name)}" for name in RULES if getattr(self, name) is not None]
+        if len(given) > 1:
             raise ValueError(
-                f"fgattn: alpha={self.alpha} and density={self.density} both say how much to keep; give one."
+                f"fgattn: {' and '.join(given)} both say how much to keep; give one (max_density bounds top_p)."
             )
         if self.alpha is not None and self.mask == "observed":
             raise ValueError(
@@ -308,19 +319,25 @@ class Settings:
 
     def _with(self, options: dict[str, Any]) -> "Settings":
         changes = {name: value for name, value in options.items() if name != "dense"}
+        if not changes.keys().isdisjoint(RULES):  # a rule of the site takes the place of the model's
+            changes = dict.fromkeys(RULES) | changes
         if options.get("dense"):
             changes |= {"mask": "dense", "static": None}
         return dataclasses.replace(self, sites=None, **changes)
 
+    def with_order(self, known: bool) -> "Settings":
+        """These with the slice "auto" decided; ``known``: queries and keys are put in query order."""
+        return dataclasses.replace(self, slice="128x16" if known else "128x8") if self.slice == "auto" else self
+
     @property
     def m(self) -> int:
         """Queries in a slice."""
-        return int(self.slice.partition("x")[0])
+        return 128 if self.slice == "auto" else int(self.slice.partition("x")[0])
 
     @property
     def n(self) -> int:
         """Keys in a group."""
-        return int(self.slice.partition("x")[2])
+        return 8 if self.slice == "auto" else int(self.slice.partition("x")[2])
 
     @property
     def selector(self):
@@ -328,9 +345,14 @@ class Settings:
         return registered_selector(self.mask)
 
     @property
-    def block_density(self) -> float | tuple[float, ...]:
-        """Share of the blocks that the mask 'dfs' keeps: ``density``, or the 0.3 that DFSAttn begins with."""
-        return 0.3 if self.density is None else self.density
+    def share(self) -> float | tuple[float, ...] | None:
+        """Share of the groups that a slice keeps; None where ``top_p`` or ``alpha`` decides."""
+        return 0.3 if all(getattr(self, name) is None for name in RULES) else self.density
+
+    @property
+    def mass(self) -> float:
+        """Share of the mass that a slice keeps, where ``share`` is None."""
+        return 1.0 if self.top_p is None else self.top_p
 
     @property
     def queries_per_mean(self) -> int:

@@ -54,10 +54,14 @@ class EagerSchedule:
         settings, place = self.settings, (id(self.model), branch, self.layer)
         order = None
         if isinstance(settings.token_grid, tuple):
+            settings = settings.with_order(True)
             order = ops.query_order(*settings.token_grid, 0, 0, settings.m, query.device)
+            if settings.n > 1:
+                key, value = (x[:, :, order.long()] for x in (key, value))
+        settings = settings.with_order(False)
         shape = (None, order, query.shape[3] ** -0.5, settings.m, settings.n)
         if place not in self.masks or self._is_due(step):
-            selection = (settings.reduce, settings.top_p, settings.density, settings.max_density)
+            selection = (settings.reduce, settings.mass, settings.share, settings.max_density)
             self.masks[place] = reference.observed_mask(query, key, *shape, *selection)
             self.refreshes += 1
         return reference.attention(query, key, value, self.masks[place], *shape, settings.tail)[0]

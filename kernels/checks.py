@@ -48,6 +48,16 @@ def check_order(m: int, curve: str) -> None:
         fail("query_order", f"curve={curve!r}; choose one of {CURVES}.")
 
 
+def check_reorder(x: Tensor, order: Tensor) -> None:
+    """x [B, H, S, D], order int32 [S]: what rows a tensor has, and where each goes."""
+    if x.dim() != 4:
+        fail("reorder", f"x must be [B, H, S, D], got {_shape(x)}; add the missing dimensions.")
+    if order.dim() != 1 or order.dtype != torch.int32 or order.device != x.device:
+        fail("reorder", f"order must be int32 [S] on {x.device}, got {order.dtype} {_shape(order)} on {order.device}.")
+    if _differ(order.shape[0], x.shape[2]):
+        fail("reorder", f"order has {order.shape[0]} places and x {x.shape[2]} rows; they must agree.")
+
+
 def check_ranges(op: str, dense_keys, dense_queries) -> None:
     """[start, end) pairs of tokens."""
     for name, x in (("dense_keys", dense_keys), ("dense_queries", dense_queries)):

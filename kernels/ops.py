@@ -16,6 +16,7 @@ from fg_inductor.kernels.checks import (
     check_observed,
     check_order,
     check_ranges,
+    check_reorder,
     check_select,
     check_static,
     fail,
@@ -45,6 +46,7 @@ SCHEMAS = {
     "SymInt[] dense_queries) -> Tensor",
     "query_order": "(SymInt t, SymInt h, SymInt w, SymInt before, SymInt after, int m, Device device, "
     'str curve="rods") -> Tensor',
+    "reorder": "(Tensor x, Tensor order, bool inverse=False) -> Tensor",
     "kept_density": "(Tensor mask, Tensor? key_bias, SymInt queries, SymInt keys, int m, int n) -> Tensor",
 }
 for _name, _schema in SCHEMAS.items():
@@ -332,6 +334,41 @@ def _query_order(t, h, w, before, after, m, device, curve="rods"):
 torch.library.impl("fgattn::query_order", "CompositeExplicitAutograd", _query_order)
 
 
+# reorder
+
+
+@torch.library.register_fake("fgattn::reorder")
+def _reorder_fake(x, order, inverse=False):
+    check_reorder(x, order)
+    return x.new_empty(x.shape)
+
+
+def _reorder(x, order, inverse=False):
+    check_reorder(x, order)
+    return reorder_decomposition(x, order, inverse)
+
+
+def reorder_decomposition(x: Tensor, order: Tensor, inverse: bool = False) -> Tensor:
+    """``fgattn::reorder`` in aten, for compilers: Inductor fuses it with what makes x."""
+    if inverse:
+        return torch.ops.aten.index_put(x.new_empty(x.shape), [None, None, order], x)
+    return torch.ops.aten.index_select(x, 2, order)
+
+
+def _reorder_setup(ctx, inputs, output):
+    _, order, *rest = inputs
+    ctx.inverse = bool(rest and rest[0])
+    ctx.save_for_backward(order)
+
+
+def _reorder_grad(ctx, grad):
+    return torch.ops.fgattn.reorder.default(grad, *ctx.saved_tensors, not ctx.inverse), None, None
+
+
+torch.library.impl("fgattn::reorder", "CompositeExplicitAutograd", _reorder)
+torch.library.register_autograd("fgattn::reorder", _reorder_grad, setup_context=_reorder_setup)
+
+
 # kept_density
 
 
@@ -374,11 +411,13 @@ for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
     _register_autocast("select_dfs", 2, _device, _key)
     _register_autocast("update_observed_", 2, _device, _key)
     _register_autocast("attention", 3, _device, _key)
+    _register_autocast("reorder", 1, _device, _key)
 
 select_pooled = torch.ops.fgattn.select_pooled.default
 update_observed_ = torch.ops.fgattn.update_observed_.default
 attention = torch.ops.fgattn.attention.default
 query_order = torch.ops.fgattn.query_order.default
+reorder = torch.ops.fgattn.reorder.default
 select_dfs = torch.ops.fgattn.select_dfs.default
 select_static = torch.ops.fgattn.select_static.default
 keep_dense = torch.ops.fgattn.keep_dense.default

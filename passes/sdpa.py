@@ -100,7 +100,7 @@ class _Rewriter:
             refused = refusal(attention, row["kind"], self.program, self.layout, settings, written)
             if refused:
                 return self._left_dense(row, node, refused)
-            min_seq, details = self._replace(attention, index, settings)
+            min_seq, slice_, details = self._replace(attention, index, settings)
             if stand_in:
                 details["written as"] = stand_in.form
                 self.stand_ins.pop(node).keep()
@@ -116,14 +116,15 @@ class _Rewriter:
             detail = f"{type(error).__name__}: {error}"
             return Site(**row, decision="dense", reason="error in the pass", detail=detail, video=True)
         reason = f"dense below {min_seq} tokens" if min_seq else ""
-        return Site(**row, decision="rewritten", reason=reason, video=True, details=details)
+        return Site(**row, decision="rewritten", reason=reason, video=True, slice=slice_, details=details)
 
     def _left_dense(self, row: dict, node: Node, refused: Refusal) -> Site:
         how = {"written as": self.stand_ins[node].form} if node in self.stand_ins else {}
         reasons = {"reason": refused.reason, "detail": refused.detail, "video": refused.video}
         return Site(**row, decision="dense", **reasons, details=how)
 
-    def _replace(self, attention: Call, index: int, settings) -> tuple[int, dict]:
+    def _replace(self, attention: Call, index: int, settings) -> tuple[int, str, dict]:
+        """Puts the operators in the place of the site; returns its ``min_seq``, its slice and what was found."""
         node, graph = attention.node, attention.node.graph
         q, k, v = attention.query, attention.key, attention.value
         lengths = [value(x).shape[2] for x in (q, k)]
@@ -135,10 +136,17 @@ class _Rewriter:
             if attention.attn_mask is not None:
                 bias, valid_queries = self._masks(attention, graph)
                 details["key_mask"] = shape_text(value(attention.attn_mask))
-            dense_keys, dense_queries = (segments.text_ranges(graph, x, node) for x in (of_keys, of_queries))
             order = self._order(q, of_queries, node, settings, details)
+            moved = order is not None and settings.mask in selector.REORDERED and same(*lengths)
+            settings = settings.with_order(moved)
+            moved = moved and settings.n > 1
             shape = (attention.factor, settings.m, settings.n)
             cast = value(node).dtype
+            if moved:  # keys that are near in the grid agree better on who needs them than runs of a row of it
+                k, v = (call(graph, ops.reorder, (x, order), node, cast, self.values) for x in (k, v))
+                bias = bias and call(graph, torch.ops.aten.index_select.default, (bias, 1, order), node)
+            dense_keys = segments.text_ranges(graph, of_keys, node, moved)
+            dense_queries = segments.text_ranges(graph, of_queries, node)
             operands = selector.Operands(q, k, bias, order, attention.factor, dense_keys, dense_queries, min_seq)
             mask = selector.emit(graph, settings, operands, node, cast, self.values)
             attention_args = (q, k, v, mask, bias, order, *shape, settings.tail, min_seq, settings.kernel)
@@ -154,7 +162,7 @@ class _Rewriter:
         node.replace_all_uses_with(out)
         graph.erase_node(node)
         self.touched.add(graph)
-        return min_seq, details
+        return min_seq, settings.slice, details
 
     def _masks(self, attention: Call, graph: Graph) -> tuple[Node, Node | None]:
         """The reduced mask: once for all sites of a graph that share it."""

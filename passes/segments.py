@@ -37,16 +37,24 @@ def _text_runs(segments: Segments) -> list[tuple[int, int]]:
     return runs
 
 
-def text_ranges(graph: Graph, segments: Segments, origin: Node) -> list[int | Node]:
-    """Arguments [start, end, ...] of the text; none where ``graph`` cannot read the sizes."""
+def text_ranges(graph: Graph, segments: Segments, origin: Node, video_first: bool = False) -> list[int | Node]:
+    """Arguments [start, end, ...] of the text; none where ``graph`` cannot read the sizes.
+
+    ``video_first``: places in query order, where what lies before the video comes behind it.
+    """
     runs = _text_runs(segments)
-    needed = segments[: runs[-1][1]] if runs else ()
+    at = video_index(segments) if runs and video_first else 0
+    needed = segments[: max(runs[-1][1], at + 1)] if runs else ()
     if not all(x.readable(graph) for x in needed):
         return []
     ends: list[int | Node] = [0]
     for segment in needed:
         ends.append(add(graph, ends[-1], segment.read(graph, origin), origin))
-    return [ends[place] for run in runs for place in run]
+
+    def place(run: tuple[int, int], end: int | Node) -> int | Node:
+        return add(graph, end, segments[at].read(graph, origin), origin) if run[0] < at else end
+
+    return [place(run, ends[edge]) for run in runs for edge in run]
 
 
 def ranges_text(segments: Segments) -> str:

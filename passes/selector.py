@@ -10,6 +10,8 @@ from fg_inductor.passes.graph import call, same, size_of, value
 from fg_inductor.passes.refusal import Refusal
 
 CURVES = {"dfs": "hilbert"}  # query order by selector; the others take rods
+# Selectors whose groups are runs of keys in query order. The others place their keys themselves.
+REORDERED = ("pooled", "observed")
 
 
 class Refused(Exception):
@@ -39,14 +41,14 @@ def emit(graph: Graph, settings, x: Operands, origin: Node, cast: torch.dtype, m
     ``memo``: that of ``passes.graph.call``.
     """
     shape = (x.scale, settings.m, settings.n)
-    density = settings.block_density if settings.mask == "dfs" else settings.density
+    density = settings.share
     by_head = list(density) if isinstance(density, tuple) else None
     if by_head and not same(len(by_head), value(x.q).shape[1]):
         detail = f"{len(by_head)} in fgattn.sites for {value(x.q).shape[1]} heads"
         raise Refused(Refusal("densities for another number of heads", detail, True))
     density = None if by_head else density
     if settings.mask in ("pooled", "observed"):  # which ``passes.state`` replaces where it can keep masks
-        keep = (settings.queries_per_mean, settings.top_p, density, settings.max_density)
+        keep = (settings.queries_per_mean, settings.mass, density, settings.max_density)
         rules = (x.dense_keys, x.dense_queries, x.min_seq, settings.reduce, settings.gamma, settings.alpha)
         args = (x.q, x.k, x.key_bias, x.order, *shape, *keep, *rules, by_head)
         return call(graph, ops.select_pooled, args, origin, cast, memo)

@@ -22,6 +22,7 @@ class Site:
     detail    the numbers behind the reason, in words; may be empty
     video     whether it looks like attention over a video that is long enough, so that leaving it dense is a limitation
               of this package; ``fgattn.strict`` raises for such a site
+    slice     M x N of its mask, "128x16"; empty where it is dense
     details   what the pass found: "text" ([start, end) of the tokens that stay dense, as text), "token_grid", "order",
               "key_mask", "written as" (of attention that is not written as SDPA: how); absent keys were not found
     """
@@ -36,6 +37,7 @@ class Site:
     reason: str = ""
     detail: str = ""
     video: bool = False
+    slice: str = ""
     details: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     @property

@@ -73,6 +73,7 @@ def _every_call(case, dtype, wanted):
         ("attention_backward", torch.ops.fgattn.attention_backward.default, backward),
         ("kept_density", ops.kept_density, (mask, key_bias, case.queries, case.keys, m, n)),
         ("query_order", ops.query_order, (2, 5, 6, 3, 4, m, torch.device("cpu"), "hilbert")),
+        ("reorder", ops.reorder, (k, torch.arange(k.shape[2], dtype=torch.int32).flip(0))),
     )
 
 

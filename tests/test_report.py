@@ -38,16 +38,17 @@ def compiled(model, **options):
 @pytest.mark.parametrize(
     "settings, text",
     [
-        ({}, "pooled 128x8, top_p 0.9"),
+        ({}, "pooled 128x8, density 0.3"),
+        ({"top_p": 0.9}, "pooled 128x8, top_p 0.9"),
         ({"density": 0.25, "tail": "pooled"}, "pooled 128x8, density 0.25, pooled tail"),
         ({"alpha": 0.5}, "pooled 128x8, alpha 0.5"),
-        ({"mask": "dfs", "slice": "128x1"}, "dfs 128x1, density 0.3"),
+        ({"mask": "dfs"}, "dfs 128x8, density 0.3"),
         ({"mask": "static", "static": StaticMask(radius=9.0)}, "static 128x8"),  # no number says how much it keeps
     ],
     ids=lambda x: x if isinstance(x, str) else "",
 )
 def test_summary_of_settings(settings, text):
-    assert summary(Settings(**settings)) == text
+    assert summary(Settings(**settings), "128x8") == text
 
 
 def test_rows_as_data():

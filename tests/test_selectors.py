@@ -329,7 +329,7 @@ def test_options_reach_the_operators():
     assert node.args[3:] == (16, 8, [3, 4, 6], TEXT, (1, 2, 2), (1, 3, 3), 0.0, (0, 24))
     done = run_pass(model, inputs, mask="dfs")
     (node,) = done.calls(ops.select_dfs)
-    assert node.args[4:] == (0.125, 16, 8, 0.3)
+    assert node.args[4:] == (0.125, 16, 8, 0.3, None)
     (order,) = done.calls(ops.query_order)
     assert order is node.args[3] and order.args == (3, 4, 6, TEXT, 0, 16, CPU, "hilbert")
 

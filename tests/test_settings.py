@@ -49,8 +49,8 @@ REFUSED = [
     ("fgattn.density", float("nan"), "must be a number in (0, 1] or None; got nan"),
     ("fgattn.density", True, "must be a number in (0, 1] or None; got True"),
     ("fgattn.density", "0.2", "must be a number in (0, 1] or None; got '0.2'"),
-    ("fgattn.top_p", None, "must be a number in (0, 1]; got None"),
-    ("fgattn.top_p", 1.5, "must be a number in (0, 1]; got 1.5"),
+    ("fgattn.max_density", None, "must be a number in (0, 1]; got None"),
+    ("fgattn.top_p", 1.5, "must be a number in (0, 1] or None; got 1.5"),
     ("fgattn.slice", "128x7", "such as '128x8'; got '128x7'"),
     ("fgattn.slice", "²x8", "such as '128x8'; got '²x8'"),
     ("fgattn.slice", (128, 8), "such as '128x8'; got (128, 8)"),
@@ -124,8 +124,10 @@ def test_accepts_static():
 
 
 def test_refuses_two_rules_for_how_much_to_keep():
-    with pytest.raises(ValueError, match=r"fgattn: alpha=0.5 and density=0.3 both say how much to keep; give one."):
+    with pytest.raises(ValueError, match=r"fgattn: density=0.3 and alpha=0.5 both say how much to keep; give one"):
         Settings.parse({"fgattn.alpha": 0.5, "fgattn.density": 0.3})
+    with pytest.raises(ValueError, match=r"fgattn: density=0.3 and top_p=0.9 both .* \(max_density bounds top_p\)"):
+        Settings.parse({"fgattn.top_p": 0.9, "fgattn.density": 0.3})
     with pytest.raises(ValueError, match=r"fgattn: alpha=0.5 is a rule for estimates; with mask='observed' give top_p"):
         Settings.parse({"fgattn.alpha": 0.5, "fgattn.mask": "observed"})
 
@@ -152,3 +154,19 @@ def test_queries_per_mean(slice_, pool, queries):
 def test_every_option_is_in_the_table():
     table = options_table()
     assert all(f"| `fgattn.{f.name}` | `{f.default!r}` | " in table for f in dataclasses.fields(Settings))
+
+
+@pytest.mark.parametrize(
+    "options, share, mass",
+    [({}, 0.3, 1.0), ({"density": 0.5}, 0.5, 1.0), ({"top_p": 0.8}, None, 0.8), ({"alpha": 0.5}, None, 1.0)],
+    ids=["default", "density", "top_p", "alpha"],
+)
+def test_one_rule_says_how_much_to_keep(options, share, mass):
+    settings = Settings(**options)
+    assert (settings.share, settings.mass) == (share, mass)
+
+
+def test_automatic_slice_follows_the_order():
+    assert [Settings().with_order(known).slice for known in (True, False)] == ["128x16", "128x8"]
+    given = Settings(slice="64x1")
+    assert given.with_order(True) is given and (given.m, given.n) == (64, 1)

@@ -104,7 +104,7 @@ return (%6)""",
 %3 = linear(in1, in2, None)
 %4 = .unflatten(%3, -1, (2, -1))
 %5 = .transpose(%4, 1, 2)
-%6 = fgattn.select_pooled.default(%2, %5, None, None, 0.125, 16, 8, 16, 0.9, 0.25, 1.0, (), (), 0, 'sum', None, None, None)
+%6 = fgattn.select_pooled.default(%2, %5, None, None, 0.125, 16, 8, 16, 1.0, 0.25, 1.0, (), (), 0, 'sum', None, None, None)
 %7 = fgattn.attention.default(%2, %5, %5, %6, None, None, 0.125, 16, 8, 'none', 0, 'auto')
 %8 = getitem(%7, 0)
 return (%8)""",
@@ -149,7 +149,7 @@ return (%14)""",
 %11 = .unflatten(%10, -1, (2, -1))
 %12 = .transpose(%11, 1, 2)
 %13 = cat((%9, %12), 2)
-%14 = fgattn.select_pooled.default(%6, %13, None, None, 0.125, 16, 8, 16, 0.9, 0.25, 1.0, (80, 87), (80, 87), 0, 'sum', None, None, None)
+%14 = fgattn.select_pooled.default(%6, %13, None, None, 0.125, 16, 8, 16, 1.0, 0.25, 1.0, (80, 87), (80, 87), 0, 'sum', None, None, None)
 %15 = fgattn.attention.default(%6, %13, %13, %14, None, None, 0.125, 16, 8, 'none', 0, 'auto')
 %16 = getitem(%15, 0)
 return (%16)""",
@@ -186,10 +186,12 @@ return (%9)""",
 %7 = .unflatten(%6, -1, (2, -1))
 %8 = .transpose(%7, 1, 2)
 %9 = fgattn.query_order.default(4, 4, 5, 7, 0, 16, device(type='cpu'))
-%10 = fgattn.select_pooled.default(%5, %8, None, %9, 0.125, 16, 8, 16, 0.9, 0.25, 1.0, (0, 7), (0, 7), 0, 'sum', None, None, None)
-%11 = fgattn.attention.default(%5, %8, %8, %10, None, %9, 0.125, 16, 8, 'none', 0, 'auto')
-%12 = getitem(%11, 0)
-return (%12)""",
+%10 = fgattn.reorder.default(%8, %9)
+%11 = fgattn.reorder.default(%8, %9)
+%12 = fgattn.select_pooled.default(%5, %10, None, %9, 0.125, 16, 8, 16, 1.0, 0.25, 1.0, (80, 87), (0, 7), 0, 'sum', None, None, None)
+%13 = fgattn.attention.default(%5, %10, %11, %12, None, %9, 0.125, 16, 8, 'none', 0, 'auto')
+%14 = getitem(%13, 0)
+return (%14)""",
         )
 
     def test_symbolic_length(self):
@@ -221,7 +223,7 @@ return (%12)""",
 %17 = aten.sym_size.int(%2, 2)
 %18 = aten.sym_size.int(%5, 2)
 %19 = add(%17, %18)
-%20 = fgattn.select_pooled.default(%6, %13, None, None, 0.125, 16, 8, 16, 0.9, 0.25, 1.0, (%14, %16), (%17, %19), 64, 'sum', None, None, None)
+%20 = fgattn.select_pooled.default(%6, %13, None, None, 0.125, 16, 8, 16, 1.0, 0.25, 1.0, (%14, %16), (%17, %19), 64, 'sum', None, None, None)
 %21 = fgattn.attention.default(%6, %13, %13, %20, None, None, 0.125, 16, 8, 'none', 64, 'auto')
 %22 = getitem(%21, 0)
 return (%22)""",
@@ -256,7 +258,7 @@ return (%8)""",
 %7 = .expand(%6, -1, 2, -1, -1)
 %8 = aten.select.int(%6, 2, 0)
 %9 = aten.select.int(%8, 1, 0)
-%10 = fgattn.select_pooled.default(%2, %5, %9, None, 0.125, 16, 8, 16, 0.9, 0.25, 1.0, (), (), 0, 'sum', None, None, None)
+%10 = fgattn.select_pooled.default(%2, %5, %9, None, 0.125, 16, 8, 16, 1.0, 0.25, 1.0, (), (), 0, 'sum', None, None, None)
 %11 = fgattn.attention.default(%2, %5, %5, %10, %9, None, 0.125, 16, 8, 'none', 0, 'auto')
 %12 = getitem(%11, 0)
 return (%12)""",
@@ -285,7 +287,7 @@ return (%6)""",
 %3 = linear(in1, in2, None)
 %4 = .unflatten(%3, -1, (1, -1))
 %5 = .transpose(%4, 1, 2)
-%6 = fgattn.select_pooled.default(%2, %5, None, None, 0.5, 16, 8, 16, 0.9, 0.25, 1.0, (), (), 0, 'sum', None, None, None)
+%6 = fgattn.select_pooled.default(%2, %5, None, None, 0.5, 16, 8, 16, 1.0, 0.25, 1.0, (), (), 0, 'sum', None, None, None)
 %7 = fgattn.attention.default(%2, %5, %5, %6, None, None, 0.5, 16, 8, 'pooled', 0, 'auto')
 %8 = getitem(%7, 0)
 return (%8)""",
@@ -328,7 +330,7 @@ graph 1:
 %3 = linear(in0, in2, None)
 %4 = .unflatten(%3, -1, (2, -1))
 %5 = .transpose(%4, 1, 2)
-%6 = fgattn.select_pooled.default(%2, %5, None, None, 0.125, 16, 8, 16, 0.9, 0.25, 1.0, (), (), 0, 'sum', None, None, None)
+%6 = fgattn.select_pooled.default(%2, %5, None, None, 0.125, 16, 8, 16, 1.0, 0.25, 1.0, (), (), 0, 'sum', None, None, None)
 %7 = fgattn.attention.default(%2, %5, %5, %6, None, None, 0.125, 16, 8, 'none', 0, 'auto')
 %8 = getitem(%7, 0)
 return (%8)""",
