@@ -2,7 +2,14 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Forecast(NamedTuple):
+    """What a rewrite of a site is expected to gain: whether it is worth it, and the numbers in words."""
+
+    worth: bool
+    text: str
 
 
 @dataclass(frozen=True)
@@ -23,7 +30,8 @@ class Site:
     video     whether it looks like attention over a video that is long enough, so that leaving it dense is a limitation
               of this package; ``fgattn.strict`` raises for such a site
     details   what the pass found: "text" ([start, end) of the tokens that stay dense, as text), "token_grid", "order",
-              "key_mask", "written as" (of attention that is not written as SDPA: how); absent keys were not found
+              "key_mask", "written as" (of attention that is not written as SDPA: how), "expected" (a forecast's
+              numbers); absent keys were not found
     """
 
     path: str
