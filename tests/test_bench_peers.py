@@ -44,7 +44,8 @@ def test_rows(timed, tmp_path):
     args = peers.parse(["--peers", *names, "--density", "0.25", "0.5", *SMALL])
     found = list(peers.rows(args, "cpu"))
     assert [(r["variant"], r.get("density")) for r in found] == [
-        ("dense", 1.0), ("fgattn 128x8", 0.25), ("fgattn 128x8", 0.5), ("fgattn 128x128", 0.25), ("fgattn 128x128", 0.5),
+        ("dense", 1.0), ("fgattn 128x8", 0.25), ("fgattn 128x8", 0.5), ("fgattn 128x128", 0.25),
+        ("fgattn 128x128", 0.5),
         ("missing", None), ("broken", None), ("wrong shape", None),
     ]  # fmt: skip
     dense, fine, _, coarse, _, missing, broken, wrong = found
