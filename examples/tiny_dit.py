@@ -34,11 +34,11 @@ def load_model(device: str = "cpu") -> nn.Module:
         qk_norm="rms_norm_across_heads", rope_max_seq_len=1024,
     )  # fmt: skip
     stored = load_file(ASSETS / "tiny_dit.safetensors")
-    model.load_state_dict(dict(_dequantised(stored)))
+    model.load_state_dict(dict(dequantised(stored)))
     return model.to(device).eval()
 
 
-def _dequantised(stored: dict[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
+def dequantised(stored: dict[str, Tensor]) -> Iterable[tuple[str, Tensor]]:
     """Large weights are stored as int8 with one float scale for each row, beside them as ``<name>.scale``."""
     for name, weight in stored.items():
         if name.endswith(".scale"):

@@ -1,4 +1,4 @@
-"""The command line: ``python -m fg_inductor {options,env,explain,calibrate,bench}``."""
+"""The command line: ``python -m fg_inductor {options,env,selftest,explain,calibrate,bench}``."""
 
 import argparse
 import ast
@@ -24,6 +24,8 @@ def main(argv: list[str] | None = None) -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("options", help="print the options of the backend as a Markdown table")
     commands.add_parser("env", help="print versions and card, for a bug report")
+    selftest = commands.add_parser("selftest", help="check kernels and speed on this machine, in under two minutes")
+    selftest.add_argument("--device", choices=["cpu", "cuda"], help="default: cuda where there is one")
     explain = commands.add_parser(
         "explain",
         help="say what becomes of each attention site of a model",
@@ -65,6 +67,10 @@ def main(argv: list[str] | None = None) -> None:
         _explain(parser, args)
     elif args.command == "calibrate":
         _calibrate(parser, args)
+    elif args.command == "selftest":
+        from fg_inductor.selftest import main as check
+
+        raise SystemExit(check(args.device))
     elif args.command == "options":
         print(settings.options_table())
     else:
@@ -129,7 +135,10 @@ def _option(text: str) -> tuple[str, object]:
 
 def benchmarks() -> list[str]:
     """The modules of ``fg_inductor.bench`` that are benchmarks: all but what they share."""
-    return sorted({module.name for module in pkgutil.iter_modules(bench.__path__)} - {"common", "masks"})
+    return sorted(
+        {module.name for module in pkgutil.iter_modules(bench.__path__)}
+        - {"architectures", "common", "masks", "peer_kernels"}
+    )
 
 
 def environment() -> dict[str, str]:

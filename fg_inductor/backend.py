@@ -16,7 +16,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import GraphModule, Node
 
-from fg_inductor import explain_page, kernels, passes, state, variants
+from fg_inductor import cost, explain_page, kernels, passes, state, variants
 from fg_inductor.kernels import ops
 from fg_inductor.passes import cache_key, checkpoint, density, sdpa, variant
 from fg_inductor.passes.graph import hint, value
@@ -54,7 +54,7 @@ def fgattn(
     before = gm.print_readable(print_output=False) if log.isEnabledFor(logging.DEBUG) else None
     with dynamo_timed("fgattn_pass", log_pt2_compile_event=True):
         dense = variant.copy_graph(gm) if settings.dense_first else None
-        rows = rewrite_graph(gm, settings, graph_id)
+        rows = rewrite_graph(gm, settings, graph_id, host_counts=not _replays(patches))
         _check_strict(rows, settings)
         rewritten = any(row.site.rewritten for row in rows)
         meter = Meter(density.add_outputs(gm)) if settings.stats and rewritten else None
@@ -233,10 +233,13 @@ def _suggest(name: Any, names: Iterable[str], otherwise: str) -> str:
 # The pass
 
 
-def rewrite_graph(gm: GraphModule, settings: Settings, graph_id: str) -> list[Row]:
-    """Rewrite the sites of a graph in place. An error of the pass is a reason to stay dense, unless ``strict``."""
+def rewrite_graph(gm: GraphModule, settings: Settings, graph_id: str, host_counts: bool = True) -> list[Row]:
+    """Rewrite the sites of a graph in place. An error of the pass is a reason to stay dense, unless ``strict``.
+
+    ``host_counts``: whether what Python takes to launch kernels is part of what a site takes.
+    """
     try:
-        sites = sdpa.rewrite(gm, settings)
+        sites = sdpa.rewrite(gm, settings, cost.forecaster(host_counts))
     except Exception as error:
         if settings.strict:
             raise
@@ -328,6 +331,13 @@ def _note_stateless(row: Row, stateful: Stateful) -> Row:
 
 
 # The inner compiler
+
+
+def _replays(patches: dict[str, Any]) -> bool:
+    """Whether Inductor will replay CUDA graphs, so that Python launches nothing."""
+    from torch._inductor import config
+
+    return bool(patches.get("triton.cudagraphs", config.triton.cudagraphs))
 
 
 def _with_joint_pass(patches: dict[str, Any], settings: Settings) -> dict[str, Any]:

@@ -31,6 +31,7 @@ OPERATORS = ("scaled_dot_product_attention", "select_pooled", "attention", "quer
 class PassBackend:
     """A backend that runs the pass and executes what it made, eagerly.
 
+    ask            the forecast that the pass is given, if any
     sites          of all graphs so far, in order
     before, after  the text of each graph
     graphs         each graph, rewritten
@@ -38,6 +39,7 @@ class PassBackend:
     """
 
     settings: Settings
+    ask: Callable | None = None
     sites: list[Site] = dataclasses.field(default_factory=list)
     before: list[str] = dataclasses.field(default_factory=list)
     after: list[str] = dataclasses.field(default_factory=list)
@@ -46,14 +48,14 @@ class PassBackend:
 
     def __call__(self, gm: GraphModule, example_inputs: list[Any]) -> Callable:
         before, guards, old = graph_text(gm), _guards(gm), {node for graph in _graphs(gm) for node in graph.nodes}
-        sites = sdpa.rewrite(gm, self.settings)
+        sites = sdpa.rewrite(gm, self.settings, self.ask)
         after = graph_text(gm)
         assert _guards(gm) == guards, "the pass added guards"
         for graph in _graphs(gm):
             graph.lint()
             missing = [node for node in graph.nodes if node not in old and value(node) is None]
             assert not missing, f"new nodes without a value: {missing}"
-        again = sdpa.rewrite(gm, self.settings)
+        again = sdpa.rewrite(gm, self.settings, self.ask)
         assert graph_text(gm) == after and not any(x.rewritten for x in again), "a second run changed the graph"
         for record, item in zip((self.before, self.after, self.graphs), (before, after, gm), strict=True):
             record.append(item)
@@ -80,10 +82,10 @@ class PassBackend:
 
 
 def run_pass(
-    model: Callable, inputs: tuple | dict[str, Any], *, fullgraph=True, dynamic=None, **settings
+    model: Callable, inputs: tuple | dict[str, Any], *, fullgraph=True, dynamic=None, ask=None, **settings
 ) -> PassBackend:
     """Compile ``model`` with a PassBackend and call it once; ``settings`` replace those of SMALL."""
-    backend = PassBackend(Settings(**{**SMALL, **settings}))
+    backend = PassBackend(Settings(**{**SMALL, **settings}), ask)
     compiled = torch.compile(model, backend=backend, fullgraph=fullgraph, dynamic=dynamic)
     backend.result = compiled(**inputs) if isinstance(inputs, dict) else compiled(*inputs)
     return backend

@@ -6,6 +6,7 @@ device kernel with its backward. ``sdpa_kernel(...)`` chooses among dense kernel
 
 import logging
 import operator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +20,7 @@ from fg_inductor.passes.graph import (
     Extent,
     add,
     call,
+    hint,
     is_contiguous,
     is_viewed,
     known,
@@ -31,11 +33,13 @@ from fg_inductor.passes.graph import (
 from fg_inductor.passes.layout import Layout
 from fg_inductor.passes.program import Program
 from fg_inductor.passes.refusal import Call, Refusal, refusal
-from fg_inductor.passes.site import Site
+from fg_inductor.passes.site import Forecast, Site
 from fg_inductor.passes.stand_in import StandIn, Unknown
 from fg_inductor.passes.token_grid import TokenGrid
 
 log = logging.getLogger(__name__)
+
+Ask = Callable[..., Forecast | None]
 
 # F.scaled_dot_product_attention is the first, unless somebody has patched it.
 SDPA = (
@@ -45,8 +49,11 @@ SDPA = (
 )
 
 
-def rewrite(gm: GraphModule, settings) -> list[Site]:
+def rewrite(gm: GraphModule, settings, ask: Ask | None = None) -> list[Site]:
     """Rewrite the sites of ``gm`` and of its child graphs in place.
+
+    ``ask(settings, batch, heads, queries, keys, dim, dtype, device)`` forecasts what a rewrite gains; where that is
+    nothing, the site stays dense. Symbolic sizes are asked for as they were traced, which adds no guard.
 
     One Site for each call of SDPA and each attention written otherwise, in execution order (last what looks like
     attention and can't be made out); sites rewritten by an earlier call are counted in ``index`` and not listed. Where
@@ -63,7 +70,7 @@ def rewrite(gm: GraphModule, settings) -> list[Site]:
         rest = [_left(x, len(calls) + i) for i, x in enumerate(unknown)]
         if not any(n.target in SDPA for n in calls):
             return rest
-        rewriter = _Rewriter(settings, program, Layout(program), TokenGrid(program), stand_ins)
+        rewriter = _Rewriter(settings, program, Layout(program), TokenGrid(program), stand_ins, ask)
         return [rewriter.visit(node, index) for index, node in enumerate(calls) if node.target in SDPA] + rest
     finally:
         for stand_in in stand_ins.values():  # those of the sites that stay dense
@@ -80,6 +87,7 @@ class _Rewriter:
     layout: Layout
     grids: TokenGrid
     stand_ins: dict[Node, StandIn]
+    ask: Ask | None
     touched: set[Graph] = field(default_factory=set)
     orders: dict[tuple, Node] = field(default_factory=dict)  # where it is used and of what -> query order
     values: dict[tuple, Any] = field(default_factory=dict)  # of equal calls of our operators
@@ -100,7 +108,12 @@ class _Rewriter:
             refused = refusal(attention, row["kind"], self.program, self.layout, settings, written)
             if refused:
                 return self._left_dense(row, node, refused)
+            expected = self._forecast(attention, settings)
+            if expected and not expected.worth:
+                return self._left_dense(row, node, Refusal("not faster than dense", f"expected {expected.text}"))
             min_seq, slice_, details = self._replace(attention, index, settings)
+            if expected:
+                details["expected"] = expected.text
             if stand_in:
                 details["written as"] = stand_in.form
                 self.stand_ins.pop(node).keep()
@@ -117,6 +130,14 @@ class _Rewriter:
             return Site(**row, decision="dense", reason="error in the pass", detail=detail, video=True)
         reason = f"dense below {min_seq} tokens" if min_seq else ""
         return Site(**row, decision="rewritten", reason=reason, video=True, slice=slice_, details=details)
+
+    def _forecast(self, attention: Call, settings) -> Forecast | None:
+        """What is expected of the site at the sizes it was traced with; None where nobody knows."""
+        if self.ask is None:
+            return None
+        q, k, _ = attention.tensors
+        sizes = [hint(size) for size in (*q.shape[:3], k.shape[2], q.shape[3])]
+        return None if None in sizes else self.ask(settings, *sizes, value(attention.node).dtype, q.device)
 
     def _left_dense(self, row: dict, node: Node, refused: Refusal) -> Site:
         how = {"written as": self.stand_ins[node].form} if node in self.stand_ins else {}

@@ -2,7 +2,14 @@
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
+
+
+class Forecast(NamedTuple):
+    """What a rewrite of a site is expected to gain: whether it is worth it, and the numbers in words."""
+
+    worth: bool
+    text: str
 
 
 @dataclass(frozen=True)
@@ -24,7 +31,8 @@ class Site:
               of this package; ``fgattn.strict`` raises for such a site
     slice     M x N of its mask, "128x16"; empty where it is dense
     details   what the pass found: "text" ([start, end) of the tokens that stay dense, as text), "token_grid", "order",
-              "key_mask", "written as" (of attention that is not written as SDPA: how); absent keys were not found
+              "key_mask", "written as" (of attention that is not written as SDPA: how), "expected" (a forecast's
+              numbers); absent keys were not found
     """
 
     path: str

@@ -34,7 +34,7 @@ def run_python(script):
 def rewrites(monkeypatch):
     """The graphs that the pass has seen."""
     seen, original = [], sdpa.rewrite
-    monkeypatch.setattr(sdpa, "rewrite", lambda gm, settings: seen.append(gm) or original(gm, settings))
+    monkeypatch.setattr(sdpa, "rewrite", lambda gm, *rest: seen.append(gm) or original(gm, *rest))
     return seen
 
 
@@ -273,7 +273,7 @@ def test_reset_clears_however_often():
 # Failure
 
 
-def fail(gm, settings):
+def fail(gm, settings, ask):
     raise KeyError("a defect")
 
 
@@ -301,7 +301,7 @@ def test_error_of_the_pass_under_strict(monkeypatch):
 @pytest.mark.parametrize("video", [True, False])
 def test_strict_raises_for_video_sites_only(monkeypatch, video):
     site = Site("blocks.0", 0, "self", "1x2x128x64", "1x2x128x64", "float32", "dense", "dropout", video=video)
-    monkeypatch.setattr(sdpa, "rewrite", lambda gm, settings: [site])
+    monkeypatch.setattr(sdpa, "rewrite", lambda gm, settings, ask: [site])
     model = torch.compile(Stack(), backend="fgattn", options={**EAGER, "fgattn.strict": True})
     if not video:
         model(tokens())
@@ -314,7 +314,7 @@ def test_strict_raises_for_video_sites_only(monkeypatch, video):
 
 def test_settings_reach_the_pass(monkeypatch):
     seen = []
-    monkeypatch.setattr(sdpa, "rewrite", lambda gm, settings: seen.append(settings) or [])
+    monkeypatch.setattr(sdpa, "rewrite", lambda gm, settings, ask: seen.append(settings) or [])
     torch.compile(
         Stack(), backend="fgattn", options={"fgattn.pool": 32, "fgattn.quiet": True, "fgattn.inner": "eager"}
     )(tokens())

@@ -91,7 +91,7 @@ def test_counters():
 def test_counts_once_where_a_frame_is_compiled_twice(monkeypatch):
     """A symbolic float that AOTAutograd can't keep makes Dynamo restart, and call the backend again for the frame."""
     calls, original = [], sdpa.rewrite
-    monkeypatch.setattr(sdpa, "rewrite", lambda gm, settings: calls.append(gm) or original(gm, settings))
+    monkeypatch.setattr(sdpa, "rewrite", lambda gm, *rest: calls.append(gm) or original(gm, *rest))
     model = Mixture()
 
     @torch.compile(backend="fgattn", options={**EAGER, "fgattn.inner": "aot_eager"}, dynamic=True)
@@ -205,7 +205,7 @@ def test_explain_leaves_compiled_code_alone(monkeypatch):
     model, x = Mixture(), tokens()
     run = compiled(model)
     expected = run(x)
-    monkeypatch.setattr(sdpa, "rewrite", lambda gm, settings: calls.append(gm) or original(gm, settings))
+    monkeypatch.setattr(sdpa, "rewrite", lambda gm, *rest: calls.append(gm) or original(gm, *rest))
     for _ in range(torch._dynamo.config.recompile_limit + 1):
         assert fg_inductor.explain(run, x, options=SHORT).rewritten == 1
     calls.clear()
