@@ -1,13 +1,19 @@
 """Whole video models of diffusers and transformers, tiny and random: the decision on each attention site, what it
 found, and the result, where everything is kept, against the model as it is. ``models.py`` holds the table."""
 
+import copy
+import functools
 import inspect
+import os
+import sys
 
 import pytest
 import torch
-from models import FRAMES, GRID, HEIGHT, LEFT_OUT, MIN_SEQ, MODELS, WIDTH, Model, class_name, randomise
+from models import FRAMES, GRID, HEIGHT, LEFT_OUT, MIN_SEQ, MODELS, WIDTH, Build, Model, class_name, randomise
+from torch.utils._pytree import tree_map_only
 
 import fg_inductor
+from fg_inductor.passes import sdpa
 from fg_inductor.settings import Settings
 from fg_inductor.testing_passes import SMALL, PassBackend, run_pass
 
@@ -51,6 +57,23 @@ def same_call(case: Model, call):
     return outputs(call(case.inputs()))
 
 
+def in_float64(model, case: Model, run=lambda model, inputs: model(**inputs)):
+    """What ``run`` of a float64 copy of the model gives, from the same inputs."""
+    double = copy.deepcopy(model).double()
+    cast = functools.partial(tree_map_only, torch.Tensor, lambda x: x.double() if x.is_floating_point() else x)
+    return same_call(case, lambda inputs: run(double, cast(inputs)))
+
+
+def assert_as_near(actual, plain, exact):
+    """Each tensor is as near to float64 as without this package: twice its error, plus one rounding of all of them."""
+    assert actual and len(actual) == len(plain) == len(exact)
+    whole = torch.cat([x.double().flatten() for x in exact]).norm()
+    for i, (ours, theirs, x) in enumerate(zip(actual, plain, exact, strict=True)):
+        error, budget = ((y.double() - x).norm() for y in (ours, theirs))
+        budget = 2 * budget + torch.finfo(ours.dtype).eps * whole
+        assert error <= budget, f"tensor {i} of {len(exact)}: error {error:.2e}, budget {budget:.2e} of {x.norm():.2e}"
+
+
 @pytest.mark.parametrize("name", few_or_full(MODELS))
 def test_sites(name, dense_backend, one_thread):
     case = MODELS[name]
@@ -69,9 +92,8 @@ def test_sites(name, dense_backend, one_thread):
         for site in rewritten:
             assert site.details.get("text", "").startswith(case.text)
             assert ("key_mask" in site.details) == case.key_mask
-        expected = same_call(case, lambda inputs: model(**inputs))
-    assert expected
-    torch.testing.assert_close(actual, expected)
+        plain = same_call(case, lambda inputs: model(**inputs))
+        assert_as_near(actual, plain, in_float64(model, case))
 
 
 def written_by_hand(backend: PassBackend) -> int:
@@ -86,9 +108,9 @@ def test_blocks_compiled_alone(name, dense_backend, one_thread):
     model = build(case).eval()
     backend = PassBackend(Settings(**{**SMALL, "density": 1.0, "min_seq": MIN_SEQ}))
     with torch.no_grad():
-        expected = same_call(case, lambda inputs: model(**inputs))
+        plain, exact = same_call(case, lambda inputs: model(**inputs)), in_float64(model, case)
         model.compile_repeated_blocks(backend=backend, fullgraph=True)
-        torch.testing.assert_close(same_call(case, lambda inputs: model(**inputs)), expected)
+        assert_as_near(same_call(case, lambda inputs: model(**inputs)), plain, exact)
     decided = {(site.kind, site.reason) for site in backend.sites}
     assert decided <= set(case.sites)
     assert {site for site in case.sites if not site[1]} <= decided
@@ -108,18 +130,18 @@ def test_training_step(name, checkpointing, dense_backend, one_thread):
     options |= {"fgattn.inner": "aot_eager"}
     compiled = torch.compile(model, backend="fgattn", options=options, fullgraph=case.fullgraph and not checkpointing)
 
-    def gradients(run):
+    def gradients(run, inputs):
         torch.manual_seed(2)
-        loss = sum(x.square().mean() for x in same_call(case, lambda inputs: run(**inputs)))
-        parameters = [x for x in model.parameters() if x.requires_grad]
+        loss = sum(x.square().mean() for x in outputs(run(**inputs)))
+        parameters = [x for x in run.parameters() if x.requires_grad]
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
         return [torch.zeros_like(p) if x is None else x for x, p in zip(found, parameters, strict=True)]
 
-    actual = gradients(compiled)
+    actual, plain = (same_call(case, functools.partial(gradients, run)) for run in (compiled, model))
     report = fg_inductor.report()
     assert sum(row.site.rewritten for row in report) >= case.rewritten
     assert not [row.site for row in report if row.site.reason == "error in the pass"]
-    torch.testing.assert_close(actual, gradients(model), rtol=1e-4, atol=1e-5)
+    assert_as_near(actual, plain, in_float64(model, case, gradients))
 
 
 def test_every_video_transformer_is_in_the_table():
@@ -170,6 +192,41 @@ def test_one_graph_for_all_resolutions():
     assert len(backend.graphs) == 1
     assert [site.kind for site in backend.sites if site.rewritten] == ["self", "self"]
     assert len(backend.calls(torch.ops.fgattn.query_order.default)) == 1
+
+
+def lines_run(layers: int) -> int:
+    """How many lines of ``passes`` are run for HunyuanVideo with so many layers of each kind."""
+    build = MODELS["HunyuanVideo"].build
+    model = Build(build.name, **{**build.config, "num_layers": layers, "num_single_layers": layers})().eval()
+    count = 0
+
+    def trace(frame, event, _):
+        nonlocal count
+        count += event == "line"
+        return trace if frame.f_code.co_filename.startswith(os.path.dirname(sdpa.__file__)) else None
+
+    def backend(gm, inputs):
+        before = sys.gettrace()
+        sys.settrace(trace)
+        try:
+            sites = sdpa.rewrite(gm, Settings(**{**SMALL, "min_seq": MIN_SEQ}))
+        finally:
+            sys.settrace(before)
+        assert sum(site.rewritten for site in sites) == 2 * layers
+        return gm.forward
+
+    with torch.no_grad():
+        torch.compile(model, backend=backend, fullgraph=True)(**MODELS["HunyuanVideo"].inputs())
+    torch._dynamo.reset()
+    return count
+
+
+def test_the_pass_is_linear_in_layers(one_thread):
+    """Its work, not its time: twice as many more layers, twice as many more lines run."""
+    lines_run(1)  # fills caches
+    one, two, four = map(lines_run, (1, 2, 4))
+    assert two > one
+    assert four - two == pytest.approx(2 * (two - one), rel=0.02)
 
 
 def test_token_grid_of_a_block():
