@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from models import FRAMES, GRID, HEIGHT, LEFT_OUT, MIN_SEQ, MODELS, WIDTH, Build, Model, class_name, randomise
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
 import fg_inductor
@@ -20,11 +21,13 @@ from fg_inductor.testing_passes import SMALL, PassBackend, run_pass
 diffusers = pytest.importorskip("diffusers")
 
 FEW = [name for name, model in MODELS.items() if model.by_default]
+# Of those, one for each kind of site: self, masked and joint, text first, run-time lengths, masked and D 24, mixed.
+FEW_TRAINED = ("Wan 2.1/2.2 T2V", "HunyuanVideo", "CogVideoX 2B", "Mochi", "Allegro", "Cosmos 3")
 
 
-def few_or_full(names):
+def few_or_full(names, few=FEW):
     """The representative few in every run, the rest under the mark ``full``."""
-    return [pytest.param(name, marks=() if name in FEW else pytest.mark.full) for name in names]
+    return [pytest.param(name, marks=() if name in few else pytest.mark.full) for name in names]
 
 
 @pytest.fixture
@@ -57,15 +60,24 @@ def same_call(case: Model, call):
     return outputs(call(case.inputs()))
 
 
-def in_float64(model, case: Model, run=lambda model, inputs: model(**inputs)):
-    """What ``run`` of a float64 copy of the model gives, from the same inputs."""
+def to_float64(inputs):
+    return tree_map_only(torch.Tensor, lambda x: x.double() if x.is_floating_point() else x, inputs)
+
+
+def exact_result(model, case: Model, run=lambda model, inputs: model(**inputs)):
+    """What ``run`` of a float64 copy of the model gives, from the same inputs.
+
+    A model whose own code computes in float32 gives what it does with another dense kernel: the two differ by rounding.
+    """
+    if not case.float64:
+        with sdpa_kernel(SDPBackend.MATH):
+            return same_call(case, lambda inputs: run(model, inputs))
     double = copy.deepcopy(model).double()
-    cast = functools.partial(tree_map_only, torch.Tensor, lambda x: x.double() if x.is_floating_point() else x)
-    return same_call(case, lambda inputs: run(double, cast(inputs)))
+    return same_call(case, lambda inputs: run(double, to_float64(inputs)))
 
 
 def assert_as_near(actual, plain, exact):
-    """Each tensor is as near to float64 as without this package: twice its error, plus one rounding of all of them."""
+    """Each tensor is as near to the exact one as without this package: twice its error, plus a rounding of them all."""
     assert actual and len(actual) == len(plain) == len(exact)
     whole = torch.cat([x.double().flatten() for x in exact]).norm()
     for i, (ours, theirs, x) in enumerate(zip(actual, plain, exact, strict=True)):
@@ -93,7 +105,7 @@ def test_sites(name, dense_backend, one_thread):
             assert site.details.get("text", "").startswith(case.text)
             assert ("key_mask" in site.details) == case.key_mask
         plain = same_call(case, lambda inputs: model(**inputs))
-        assert_as_near(actual, plain, in_float64(model, case))
+        assert_as_near(actual, plain, exact_result(model, case))
 
 
 def written_by_hand(backend: PassBackend) -> int:
@@ -108,7 +120,7 @@ def test_blocks_compiled_alone(name, dense_backend, one_thread):
     model = build(case).eval()
     backend = PassBackend(Settings(**{**SMALL, "density": 1.0, "min_seq": MIN_SEQ}))
     with torch.no_grad():
-        plain, exact = same_call(case, lambda inputs: model(**inputs)), in_float64(model, case)
+        plain, exact = same_call(case, lambda inputs: model(**inputs)), exact_result(model, case)
         model.compile_repeated_blocks(backend=backend, fullgraph=True)
         assert_as_near(same_call(case, lambda inputs: model(**inputs)), plain, exact)
     decided = {(site.kind, site.reason) for site in backend.sites}
@@ -116,7 +128,9 @@ def test_blocks_compiled_alone(name, dense_backend, one_thread):
     assert {site for site in case.sites if not site[1]} <= decided
 
 
-@pytest.mark.parametrize("name", few_or_full([name for name, case in MODELS.items() if case.trains and case.rewritten]))
+@pytest.mark.parametrize(
+    "name", few_or_full([name for name, case in MODELS.items() if case.trains and case.rewritten], FEW_TRAINED)
+)
 @pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.full)])
 def test_training_step(name, checkpointing, dense_backend, one_thread):
     """Through the backend and AOTAutograd: the gradients of all parameters."""
@@ -141,7 +155,7 @@ def test_training_step(name, checkpointing, dense_backend, one_thread):
     report = fg_inductor.report()
     assert sum(row.site.rewritten for row in report) >= case.rewritten
     assert not [row.site for row in report if row.site.reason == "error in the pass"]
-    assert_as_near(actual, plain, in_float64(model, case, gradients))
+    assert_as_near(actual, plain, exact_result(model, case, gradients))
 
 
 def test_every_video_transformer_is_in_the_table():
@@ -222,11 +236,11 @@ def lines_run(layers: int) -> int:
 
 
 def test_the_pass_is_linear_in_layers(one_thread):
-    """Its work, not its time: twice as many more layers, twice as many more lines run."""
+    """Its work, not its time: each layer more runs as many lines more."""
     lines_run(1)  # fills caches
-    one, two, four = map(lines_run, (1, 2, 4))
+    one, two, three = map(lines_run, (1, 2, 3))
     assert two > one
-    assert four - two == pytest.approx(2 * (two - one), rel=0.02)
+    assert three - two == pytest.approx(two - one, rel=0.02)
 
 
 def test_token_grid_of_a_block():
@@ -291,11 +305,13 @@ def test_changed_projections(change):
     with torch.no_grad():
         done = run_pass(model, inputs, density=1.0)
         assert [(site.kind, site.decision) for site in done.sites] == DECIDED
-        expected = model(**inputs)
-    if dtype == torch.float32:
-        torch.testing.assert_close(done.result, expected)
-    else:  # which low precision hides: rounding alone, as large as between two dense kernels
-        torch.testing.assert_close(done.result, expected, rtol=0.05, atol=0.05)
+        plain = model(**inputs)
+        if dtype == torch.float32:
+            exact = copy.deepcopy(model).double()(**to_float64(inputs))
+        else:  # a quantised model has no float64: two dense kernels differ by rounding alone
+            with sdpa_kernel(SDPBackend.MATH):
+                exact = model(**inputs)
+    assert_as_near(*map(outputs, (done.result, plain, exact)))
 
 
 @pytest.mark.parametrize(
@@ -353,7 +369,8 @@ def test_video_encoders(name, sites, written):
     pixels = {"pixel_values_videos" if name == "V-JEPA 2" else "pixel_values": torch.randn(1, 6, 3, 32, 32)}
     with torch.no_grad():
         done = run_pass(model, pixels, density=1.0, min_seq=MIN_SEQ)
-        torch.testing.assert_close(outputs(done.result), outputs(model(**pixels)), rtol=1e-4, atol=1e-4)
+        plain, exact = model(**pixels), copy.deepcopy(model).double()(**to_float64(pixels))
+    assert_as_near(*map(outputs, (done.result, plain, exact)))
     assert [(site.kind, site.reason) for site in done.sites] == sites
     assert all(("written as" in site.details) == (written == "eager") for site in done.sites)
 
