@@ -6,17 +6,16 @@ leave the site. Packed sequences (``cu_seqlens``) are rewritten where the graph 
 FlexAttention is reported and left: its masks and scores are programs.
 """
 
-import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from fg_inductor.passes.graph import name, names, same, value
 from fg_inductor.passes.program import written
-from fg_inductor.passes.stand_in import SDPA, Form, Unknown, heads_of
+from fg_inductor.passes.stand_in import SDPA, Form, Unknown, heads_of, sdpa_arguments
 
 BSHD, BHSD = [0, 2, 1, 3], [0, 1, 2, 3]
 
@@ -44,6 +43,8 @@ OPERATORS = {
     "aten::_scaled_dot_product_cudnn_attention": Operator(BHSD),
     "aten::_scaled_dot_product_flash_attention_for_cpu": Operator(BHSD),
 }
+FLEX = names("flex_attention")
+CALLS = FLEX | {"scaled_dot_product_attention", *(full_name.partition("::")[2] for full_name in OPERATORS)}
 TENSORS = (("q", "query"), ("k", "key"), ("v", "value"))
 SCALES = ("softmax_scale", "scale")
 CAUSAL = ("causal", "is_causal")
@@ -58,15 +59,13 @@ IGNORED = {
 WINDOWS = {"window_size_left", "window_size_right", "window_left", "window_right", "window_size"}
 
 
-def find(graph: Graph) -> Iterator[Form | Unknown]:
-    """Each such call of ``graph``."""
-    for node in list(graph.nodes):
-        if node.op != "call_function":
-            continue
+def find(calls: list[Node]) -> Iterator[Form | Unknown]:
+    """Each such call, of the CALLS in a graph."""
+    for node in calls:
         if node.target is SDPA:
             if form := _folded_sdpa(node):
                 yield form
-        elif name(node).startswith("flex_attention"):
+        elif name(node) in FLEX:
             yield Unknown(node, "flex attention", "its mask is a program of its own")
         elif (overload := _overload(node.target)) and (operator := OPERATORS.get(overload._schema.name)):
             yield _match(node, overload, operator)
@@ -167,16 +166,9 @@ def _constant(node, limit: int = 16) -> Tensor | None:
     return node.target(*args, **kwargs)
 
 
-SIGNATURE = inspect.signature(
-    lambda query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False: None
-)
-
-
 def _folded_sdpa(node: Node) -> Form | None:
     """SDPA over [B * H, S, D], where the graph says what was folded."""
-    bound = SIGNATURE.bind(*node.args, **node.kwargs)
-    bound.apply_defaults()
-    arguments = dict(bound.arguments)
+    arguments = sdpa_arguments(node)
     qkv = [arguments.pop(key) for key in ("query", "key", "value")]
     if not all(isinstance(value(x), Tensor) and value(x).dim() == 3 for x in (*qkv, node)):
         return None

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
-from torch.fx import Graph, Node
+from torch.fx import Node
 
 from fg_inductor.kernels.reference import MASKED_BELOW
 from fg_inductor.passes.graph import CASTS, argument, name, names, permutation, same, value
@@ -24,7 +24,7 @@ from fg_inductor.passes.products import Product, product_of
 from fg_inductor.passes.program import written
 from fg_inductor.passes.stand_in import Form, Unknown
 
-SOFTMAX = names("softmax _softmax _safe_softmax")
+CALLS = names("softmax _softmax _safe_softmax")
 COPIES = CASTS - names("bool detach")
 MULTIPLIED = names("mul imul mul_ multiply")
 DIVIDED = names("truediv div itruediv div_ divide true_divide")
@@ -39,9 +39,9 @@ UNKNOWN = MULTIPLIED | DIVIDED | ADDED | names(
 REASON = "attention of an unknown form"
 
 
-def find(graph: Graph) -> Iterator[Form | Unknown]:
-    """Each attention of ``graph`` that is written by hand, in the order of their softmax."""
-    for node in [n for n in graph.nodes if name(n) in SOFTMAX]:
+def find(calls: list[Node]) -> Iterator[Form | Unknown]:
+    """Each attention that is written by hand, of the CALLS in a graph."""
+    for node in calls:
         x = argument(node, 0, "input", "self")
         if isinstance(value(x), Tensor) and isinstance(value(node), Tensor) and value(x).dim() >= 3:
             up, down = _upwards(x), _downwards(node)

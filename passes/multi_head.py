@@ -10,18 +10,19 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx import Graph, Node
 
-from fg_inductor.passes.graph import call, name, value
+from fg_inductor.passes.graph import call, name, names, value
 from fg_inductor.passes.stand_in import Insertion, Unknown, as_original, combined_mask, sdpa_call
 
 aten = torch.ops.aten
+CALLS = names("multi_head_attention_forward")
 SIGNATURE = inspect.signature(F.multi_head_attention_forward)
 # What SDPA has nothing for, if it is there.
 EXTRAS = ("bias_k", "bias_v", "add_zero_attn", "static_k", "static_v")
 
 
-def find(graph: Graph) -> Iterator["MultiHead | Unknown"]:
-    """Each call of it in ``graph``."""
-    for node in graph.find_nodes(op="call_function", target=F.multi_head_attention_forward):
+def find(calls: list[Node]) -> Iterator["MultiHead | Unknown"]:
+    """Each of the CALLS in a graph."""
+    for node in (x for x in calls if x.target is F.multi_head_attention_forward):
         bound = SIGNATURE.bind(*node.args, **node.kwargs)
         bound.apply_defaults()
         arguments = bound.arguments

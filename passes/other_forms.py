@@ -5,10 +5,11 @@ from torch.fx import GraphModule
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from fg_inductor.passes import attention_calls, eager_softmax, multi_head
-from fg_inductor.passes.graph import value
+from fg_inductor.passes.graph import name, value
 from fg_inductor.passes.stand_in import Insertion, StandIn, Unknown
 
 FORMS = (eager_softmax, attention_calls, multi_head)
+CALLS = frozenset().union(*(form.CALLS for form in FORMS))
 
 
 def insert(gm: GraphModule) -> tuple[list[StandIn], list[Unknown]]:
@@ -17,8 +18,9 @@ def insert(gm: GraphModule) -> tuple[list[StandIn], list[Unknown]]:
     unknown: list[Unknown] = []
     try:
         for graph in [module.graph for module in gm.modules() if isinstance(module, GraphModule)]:
+            calls = [node for node in graph.nodes if name(node) in CALLS]
             for matcher in FORMS:
-                for found in matcher.find(graph):
+                for found in matcher.find([node for node in calls if name(node) in matcher.CALLS]):
                     if isinstance(found, Insertion) and (kind := _subclass(found)):
                         found = Unknown(found.original, "tensor subclass", kind)
                     if isinstance(found, Unknown):

@@ -2,7 +2,6 @@
 
 import functools
 import operator
-import re
 from collections import defaultdict
 
 import torch
@@ -35,16 +34,15 @@ class Program:
 
     def __init__(self, gm: GraphModule):
         self.nodes: list[Node] = []
+        self.named: dict[str, list[Node]] = defaultdict(list)  # by what they call, in the same order
         self.callers: dict[Graph, Node] = {}
         self._weights: set[Node] = set()  # computed from parameters and buffers alone
         self._data: set[Node] = set()  # tensors computed from an input of the graph
         self._writes: dict[Node, list[Node]] = defaultdict(list)  # tensor -> what is stored into it or a view of it
         self._border: dict[Node, list[Node]] = {}  # inputs of a node where they lie in another graph
         self._results: dict[Node, list] = {}  # call of a child graph -> its results
-        self._inputs: dict[Node, list[Node]] = {}  # what ``inputs`` found, once all writes are known
-        self._complete = False
+        self._inputs: dict[Node, list[Node]] = {}  # what ``inputs`` found, until something is stored into the node
         self._enter(gm)
-        self._complete = True
         self.projections: dict[Node, list[Node]] = {}  # what ``provenance.projections`` found
 
     def inputs(self, node: Node) -> list[Node]:
@@ -59,8 +57,7 @@ class Program:
                 found = stored
             elif stored:
                 found = found + stored
-            if self._complete:
-                self._inputs[node] = found
+            self._inputs[node] = found
         return found
 
     def activations(self, node: Node) -> list[Node]:
@@ -91,14 +88,16 @@ class Program:
         return found
 
     def _enter(self, module: GraphModule) -> None:
+        bodies = {x: child for x in module.graph.find_nodes(op="get_attr") if (child := _child(module, x))}
         for node in module.graph.nodes:
             if node.op == "output":
                 continue
-            children = [x for x in node.all_input_nodes if x.op == "get_attr" and _child(module, x)]
+            children = [x for x in node.all_input_nodes if x in bodies] if bodies else []
             for x in children:
-                self._enter_child(_child(module, x), node, children)
+                self._enter_child(bodies[x], node, children)
             self._note(node)
             self.nodes.append(node)
+            self.named[name(node)].append(node)
 
     def _enter_child(self, child: GraphModule, caller: Node, children: list[Node]) -> None:
         alone = len(children) == 1  # the branches of a condition and autograd.Functions keep their border closed
@@ -117,7 +116,7 @@ class Program:
             self._border[caller] = [n for n in self._results[caller] if isinstance(n, Node)]
 
     def _note(self, node: Node) -> None:
-        if name(node) == "getitem" and node.args[0] in self._results:
+        if self._results and name(node) == "getitem" and node.args[0] in self._results:
             result = self._results[node.args[0]][node.args[1]]
             self._border[node] = [result] if isinstance(result, Node) else []
         for target in written(node):
@@ -125,6 +124,7 @@ class Program:
             while name(base) in VIEWS and isinstance(source := argument(base, 0, "input"), Node):
                 base = source
             self._writes[base] += [n for n in node.all_input_nodes if n is not target]
+            self._inputs.pop(base, None)
             self._mark(base)
         self._mark(node)
 
@@ -144,11 +144,14 @@ def written(node: Node) -> list[Node]:
     if not node.op.startswith("call"):
         return []
     kwargs, places = node.kwargs, _written_places(node.target)
-    if not kwargs and not places:
+    out, in_place = kwargs.get("out"), kwargs.get("inplace") is True
+    if not places and out is None and not in_place:
         return []
-    targets = [kwargs.get("out"), *(argument(node, place, keyword) for place, keyword in places)]
-    if kwargs.get("inplace") is True and node.args:
-        targets.append(node.args[0])
+    targets = [
+        out,
+        *(argument(node, place, keyword) for place, keyword in places),
+        *(node.args[:1] if in_place else ()),
+    ]
     flat = [x for target in targets for x in (target if isinstance(target, (tuple, list)) else [target])]
     return [x for x in flat if isinstance(x, Node) and (value(x) is None or _holds_tensors(value(x)))]
 
@@ -167,15 +170,15 @@ def _written_places(target) -> tuple[tuple[int, str], ...]:
 
 
 def _child(module: GraphModule, node: Node) -> GraphModule | None:
-    child = getattr(module, node.target, None) if node.op == "get_attr" else None
+    child = getattr(module, node.target, None)
     return child if isinstance(child, GraphModule) else None
 
 
 def _is_weight(node: Node) -> bool:
     if node.op == "placeholder":
-        return isinstance(value(node), torch.nn.Parameter) or re.search("_(parameters|buffers)_", node.name) is not None
+        return "_parameters_" in node.name or "_buffers_" in node.name or isinstance(value(node), torch.nn.Parameter)
     return node.op == "get_attr" and isinstance(value(node), Tensor)
 
 
 def _holds_tensors(x) -> bool:
-    return any(isinstance(item, Tensor) for item in x) if isinstance(x, (tuple, list)) else isinstance(x, Tensor)
+    return isinstance(x, Tensor) or (isinstance(x, (tuple, list)) and any(isinstance(item, Tensor) for item in x))

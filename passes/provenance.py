@@ -4,6 +4,7 @@ Lengths do not tell: text padded to the length of the video is still cross atten
 over data-dependent text need not be provably equal.
 """
 
+import functools
 import re
 
 import torch
@@ -27,24 +28,27 @@ def is_projection(program: Program, node: Node) -> bool:
     """A product of activations with a weight, as a known function or hidden in an opaque one (quantised linears)."""
     if node.op != "call_function" and node.op != "call_method":
         return False
-    if name(node) in LINEARS:
+    method = name(node)
+    if method in LINEARS:
         return True
+    is_matmul = MATMULS.search(method) is not None
+    if not is_matmul and (node.op == "call_method" or not _is_opaque(node.target)):
+        return False
     activations = program.activations(node)
     if not activations or not program.has_weight_matrix(node):
         return False
-    if MATMULS.search(name(node)):
-        return len(activations) == 1
-    return _is_opaque(node)
+    return not is_matmul or len(activations) == 1
 
 
-def _is_opaque(node: Node) -> bool:
-    target = node.target
+@functools.lru_cache(maxsize=1024)
+def _is_opaque(target) -> bool:
+    """Whether a function is none of torch's own, whose names say what they do."""
     if isinstance(target, torch._ops.OpOverload):
         return target.namespace not in ("aten", "prims")
     if isinstance(target, torch._ops.HigherOrderOperator):
         return target.name() == "autograd_function_apply"
     module = getattr(target, "__module__", None) or ""
-    return node.op == "call_function" and module.partition(".")[0] not in ("", "torch", "_operator", "math")
+    return module.partition(".")[0] not in ("", "torch", "_operator", "math")
 
 
 def projections(program: Program, node: Node) -> list[Node]:

@@ -1,6 +1,5 @@
 """Which sites stay dense, and why: the reasons are counter keys, so a reason never holds a number."""
 
-import inspect
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -16,10 +15,7 @@ from fg_inductor.passes import key_mask, provenance
 from fg_inductor.passes.graph import known, name, same, shape_text, value
 from fg_inductor.passes.layout import Layout
 from fg_inductor.passes.program import Program
-
-SIGNATURE = inspect.signature(
-    lambda query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False: None
-)
+from fg_inductor.passes.stand_in import sdpa_arguments
 
 
 @dataclass(frozen=True)
@@ -38,9 +34,7 @@ class Call:
 
     @classmethod
     def of(cls, node: Node) -> "Call":
-        bound = SIGNATURE.bind(*node.args, **node.kwargs)
-        bound.apply_defaults()
-        return cls(node, **bound.arguments)
+        return cls(node, **sdpa_arguments(node))
 
     @property
     def tensors(self) -> tuple[Any, Any, Any]:

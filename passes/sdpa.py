@@ -47,6 +47,7 @@ SDPA = (
     torch.ops.aten.scaled_dot_product_attention,
     torch.ops.aten.scaled_dot_product_attention.default,
 )
+SITES = frozenset((*SDPA, ops.attention))  # those that were rewritten before are counted
 
 
 def rewrite(gm: GraphModule, settings, ask: Ask | None = None) -> list[Site]:
@@ -65,8 +66,7 @@ def rewrite(gm: GraphModule, settings, ask: Ask | None = None) -> list[Site]:
     try:
         program = Program(gm)
         aside = {x.original for x in inserted}  # SDPA in a form of its own, beside its stand-in
-        calls = [n for n in program.nodes if n.op == "call_function" and n.target in (*SDPA, ops.attention)]
-        calls = [n for n in calls if n not in aside]
+        calls = [n for n in program.nodes if n.op == "call_function" and n.target in SITES and n not in aside]
         rest = [_left(x, len(calls) + i) for i, x in enumerate(unknown)]
         if not any(n.target in SDPA for n in calls):
             return rest

@@ -28,6 +28,7 @@ from fg_inductor.passes.graph import (
 
 aten = torch.ops.aten
 SDPA = torch._C._nn.scaled_dot_product_attention
+DEFAULTS = {"attn_mask": None, "dropout_p": 0.0, "is_causal": False, "scale": None, "enable_gqa": False}
 
 
 @dataclass(frozen=True)
@@ -185,6 +186,11 @@ def combined_mask(graph: Graph, masks, kept, dropped, origin: Node) -> Node | No
     if bools is None or floats is None:
         return bools if floats is None else floats
     return call(graph, aten.where.ScalarOther, (bools, floats, -torch.inf), origin)
+
+
+def sdpa_arguments(node: Node) -> dict[str, object]:
+    """The arguments of a call of SDPA by name, however they were written."""
+    return DEFAULTS | dict(zip(("query", "key", "value", *DEFAULTS), node.args, strict=False)) | node.kwargs
 
 
 def sdpa_call(graph: Graph, qkv: tuple[Node, Node, Node], kwargs: dict, origin: Node, dtype: torch.dtype) -> Node:

@@ -4,13 +4,16 @@ A graph shows it where a tensor has T, H and W as three dimensions in a row: the
 patches, the reshape that undoes them, position embeddings. Graphs of single blocks (regional compilation) have none.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fg_inductor.passes.graph import Extent, name, names, product, same, value
+from fg_inductor.passes.graph import Extent, names, product, same, value
 from fg_inductor.passes.program import Program
 
+PATCHES = names("conv3d")
 SHAPED = names("reshape view unflatten stack")
 
 
@@ -18,12 +21,14 @@ class TokenGrid:
     """The shapes of one program that may show a token grid; ``find`` picks the one that fits."""
 
     def __init__(self, program: Program):
-        self._places = {node: place for place, node in enumerate(program.nodes)}
-        named = [n for n in program.nodes if name(n) == "conv3d" or name(n) in SHAPED]
-        tensors = [n for n in named if isinstance(value(n), Tensor) and value(n).dim() >= 4]
-        self._patches = [n for n in tensors if name(n) == "conv3d"]
-        shapes = (tuple(value(n).shape) for n in tensors if name(n) in SHAPED)
+        self._program = program
+        self._patches = _tensors(program, PATCHES)
+        shapes = (tuple(value(n).shape) for n in _tensors(program, SHAPED))
         self._shapes = {shape for shape in shapes if all(isinstance(size, int) for size in shape)}
+
+    @functools.cached_property
+    def _places(self) -> dict[Node, int]:
+        return {node: place for place, node in enumerate(self._program.nodes)}
 
     def find(self, tokens: int | torch.SymInt, site: Node) -> tuple[Extent, Extent, Extent] | None:
         """The grid of that many video tokens; None where the graph shows none, or more than one.
@@ -41,6 +46,11 @@ class TokenGrid:
         # (1, T, H*W) is no grid but has its product: one frame only where nothing says more.
         grids = {grid for grid in grids if grid[0] > 1} or grids
         return tuple(map(Extent, grids.pop())) if len(grids) == 1 else None
+
+
+def _tensors(program: Program, called: frozenset[str]) -> list[Node]:
+    found = [node for method in called for node in program.named.get(method, ())]
+    return [node for node in found if isinstance(value(node), Tensor) and value(node).dim() >= 4]
 
 
 def _first_grid(shape: tuple[int, ...], tokens) -> tuple[int, ...] | None:

@@ -41,6 +41,7 @@ class Model:
     fullgraph  whether Dynamo traces it as one graph
     blocks     whether diffusers names its repeated blocks, so that ``compile_repeated_blocks`` can compile them
     trains     whether it trains under AOTAutograd as it is, without this package
+    float64    whether its own code runs in float64
     checkpoints whether Dynamo traces its gradient checkpointing
     by_default whether it belongs to the representative few that every run tests
     note       for the table of models
@@ -55,6 +56,7 @@ class Model:
     fullgraph: bool = True
     blocks: bool = True
     trains: bool = True
+    float64: bool = True
     checkpoints: bool = True
     by_default: bool = False
     note: str = ""
@@ -313,7 +315,7 @@ MODELS["Motif Video"] = Model(
         rope_axes_dim=(8, 12, 12),
     ),
     lambda: {"hidden_states": latents(9), **common(), "encoder_attention_mask": padded_text()}, [JOINT, SELF], "60:6",
-    key_mask=True, note="padded text is masked",
+    key_mask=True, float64=False, note="padded text is masked",
 )  # fmt: skip
 
 # Text and video in one stream
@@ -444,7 +446,7 @@ MODELS["Cosmos Predict 1, 2"] = Model(
         num_layers=1, mlp_ratio=2, text_embed_dim=16, adaln_lora_dim=4, max_size=(8, 32, 32), patch_size=(1, 2, 2),
         concat_padding_mask=False, extra_pos_embed_type="learnable",
     ),
-    lambda: {"hidden_states": latents(), **common(), "fps": 30}, [SELF, CROSS], blocks=False,
+    lambda: {"hidden_states": latents(), **common(), "fps": 30}, [SELF, CROSS], blocks=False, float64=False,
 )  # fmt: skip
 
 
@@ -487,7 +489,10 @@ def kandinsky_inputs(frames: int = FRAMES, height: int = HEIGHT, width: int = WI
 
 
 MODELS["Kandinsky 5"] = Model(
-    Build("Kandinsky5Transformer3DModel", **KANDINSKY, patch_size=(1, 2, 2)), kandinsky_inputs, [SHORT, SELF, CROSS]
+    Build("Kandinsky5Transformer3DModel", **KANDINSKY, patch_size=(1, 2, 2)),
+    kandinsky_inputs,
+    [SHORT, SELF, CROSS],
+    float64=False,
 )
 
 
@@ -568,6 +573,7 @@ MODELS["Kandinsky 5 NABLA"] = Model(
     nabla_inputs,
     [FLEX, FLEX, FLEX],
     trains=False,
+    float64=False,
     blocks=False,
     note="flex attention, sparse already",
 )
