@@ -2,8 +2,8 @@
 
 A measurement belongs to a card, to versions of torch, Triton and the kernels here, and to what the constants depend on
 (head dim, dtype, slice, tail, selector). Files lie in ``$FGATTN_CACHE_DIR``, else in ``fg_inductor`` under
-``$XDG_CACHE_HOME`` or ``~/.cache``; deleting them is safe. ``FGATTN_DEVICE_CONSTANTS=off`` measures nothing: then "faster"
-rewrites every eligible site, as "always" does. So does a device that has no memory left, and says so.
+``$XDG_CACHE_HOME`` or ``~/.cache``; deleting them is safe. ``FGATTN_DEVICE_CONSTANTS=off`` measures nothing: then
+"faster" rewrites every eligible site, as "always" does. So does a device that has no memory left, and says so.
 """
 
 import contextlib
@@ -180,7 +180,7 @@ def measure(settings: Settings, dim: int, dtype: torch.dtype, device: torch.devi
                 rules = (settings.reduce, settings.gamma)
 
                 def select(q=q, k=k, v=v, choose=choose, rules=rules) -> Tensor:
-                    if n > 1:  # v is copied to query order; k likewise, by what makes it
+                    if settings.n > 1:  # v is copied to query order; k likewise, by what makes it
                         ops.reorder(v, choose[0])
                     return ops.select_pooled(q, k, None, *choose, *rules)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fg_inductor
-from fg_inductor import device_constants, cost
+from fg_inductor import cost, device_constants
 from fg_inductor.cost import Constants, Shape, expected_ms, forecast
 from fg_inductor.passes.site import Forecast
 from fg_inductor.settings import Settings
@@ -70,7 +70,13 @@ def test_density_where_it_pays():
 
 @pytest.mark.parametrize(
     ("options", "density"),
-    [({}, 0.3), ({"max_density": 0.2}, 0.2), ({"density": 0.7}, 0.7), ({"alpha": 0.5}, 0.3), ({"density": (0.2, 0.4)}, 0.3)],
+    [
+        ({}, 0.3),
+        ({"top_p": 0.9, "max_density": 0.2}, 0.2),
+        ({"density": 0.7}, 0.7),
+        ({"alpha": 0.5}, 0.3),
+        ({"density": (0.2, 0.4)}, 0.3),
+    ],
     ids=str,
 )
 def test_expected_density(options, density):

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from fg_inductor import device_constants, cost
+from fg_inductor import cost, device_constants
 from fg_inductor.cost import Constants, Shape
 from fg_inductor.settings import Settings
 

@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 
-from fg_inductor import device_constants, cost
+from fg_inductor import cost, device_constants
 from fg_inductor.bench.common import environment, measure, save, show
 from fg_inductor.kernels import ops
 from fg_inductor.settings import Settings
@@ -63,7 +63,7 @@ def rows(device: str = "cuda", points: list | None = None) -> Iterator[dict]:
         on = torch.device(device)
         constants = device_constants.constants(settings, dim, dtype, on)
         if constants is None:
-            raise SystemExit("bench cost: FGATTN_DEVICE_CONSTANTS is off, or no memory is left; there is nothing to check.")
+            raise SystemExit("bench cost: FGATTN_DEVICE_CONSTANTS is off, or no memory is left; nothing to check.")
         tail = int(settings.tail == "pooled")
         shape = cost.Shape(1, heads, tokens, tokens, dim, settings.m, settings.n, density, tail)
         expected_dense, expected_sparse = cost.expected_ms(shape, constants)
