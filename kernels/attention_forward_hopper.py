@@ -22,6 +22,7 @@ follow in the same softmax.
 
 Where a slice is smaller than a tile (M = 32 and 16), the list is the union of what the tile's slices keep, every entry
 carries one bit for each slice above its id, and each row masks what its own slice did not keep: exact for every slice.
+``query_order`` sees to it that such slices agree on most of their keys.
 
 Meaning: ``reference.attention``. Numbers: ``python -m fg_inductor bench attention``.
 """

@@ -10,6 +10,13 @@ falls from 84 to 17 (a cube of 2x8x8 has 14.5), that of the runs of 16, whose me
 
 Distances count a step in time as four steps in height or width: a token is 4 frames of 16x16 pixels in the models at
 hand. Then 2x8x8 is the most compact box of 128 tokens.
+
+Slices of 32 and 16 are put in another sequence: those of one place in the frames follow each other through time.
+Attention for Hopper loads the union of what the slices of 128 queries keep, and slices agree most on their keys where
+they lie at the same place in different frames. On masks of a trained video model that keep 0.3 (M = 16; layers 1 and 3,
+two heads each) the union is 1.29 times a slice's own keys on a grid of 17x32x32 and 1.49 on 13x30x26; along the rods it
+is 2.22 and 2.31, in cubes of 2x8x8 1.74. Matching slices by their masks instead, 64 at a time, gives 2.10 and 1.98; and
+after this sequence 1.28 and 1.41, which would not pay for the matching.
 """
 
 import functools
@@ -20,6 +27,7 @@ from torch import Tensor
 TIME = 4  # steps in height or width that a step in time counts as
 RUN = 4  # edge in height of the rods within a slice: 16 consecutive queries are 1 x 4 x 4 tokens
 THICKEST = 4  # tokens in time
+ALONE = 64  # queries of the smallest slice that has a tile of attention to itself
 
 
 def _lengths(size: int, edge: int) -> list[tuple[int, int]]:
@@ -115,6 +123,24 @@ def _rod_rank(t: int, h: int, w: int, m: int, device: torch.device) -> Tensor:
     return rank * h + inner_h
 
 
+def _through_time(video: Tensor, t: int, h: int, w: int, m: int) -> Tensor:
+    """The same slices of m tokens in another sequence: along the rods of one frame, and at each place through time."""
+    device = video.device
+    j, low, high, _ = (
+        x.view(-1, 1) if isinstance(x, Tensor) else x for x in _blocks(h, cross_section(t, h, w, m)[1], device)
+    )
+    row, column = torch.arange(h, device=device).view(-1, 1), torch.arange(w, device=device)
+    in_frame = low * w + torch.where(j % 2 == 1, w - 1 - column, column) * high + row - low  # [h, w]
+    whole = len(video) // m * m
+    slices = video[:whole].view(-1, m)
+    middle = slices[:, m // 2]
+    place = in_frame.flatten()[middle % (h * w)] // m
+    frame = middle // (h * w)
+    frame = torch.where(place % 2 == 1, t - 1 - frame, frame)
+    slices = slices[(place * t + frame).argsort(stable=True)]
+    return torch.cat([slices.flatten(), video[whole:]])
+
+
 def query_order(
     t: int, h: int, w: int, before: int, after: int, m: int, device: torch.device, curve: str = "rods"
 ) -> Tensor:
@@ -124,6 +150,9 @@ def query_order(
     "rods" (above) or "hilbert": the three-dimensional Hilbert curve through the smallest cube that holds the grid.
     """
     rank = _rod_rank(t, h, w, m, device) if curve == "rods" else _hilbert_rank(t, h, w, device)
-    video = rank.flatten().argsort() + before
+    video = rank.flatten().argsort()
+    if curve == "rods" and m < ALONE:
+        video = _through_time(video, t, h, w, m)
+    video = video + before
     text = torch.arange(before + after, device=device)
     return torch.cat([video, torch.where(text < before, text, text + t * h * w)]).to(torch.int32)

@@ -8,7 +8,7 @@ import torch
 from fg_inductor.bench import attention
 from fg_inductor.bench.common import PRESETS, Timing, measure
 from fg_inductor.bench.masks import LISTS, make_mask
-from fg_inductor.kernels.mask import group_count, unpack
+from fg_inductor.kernels.mask import group_count, pack, unpack, word_count
 
 # Arguments
 
@@ -243,3 +243,14 @@ def test_runs(tmp_path, capsys):
     assert [row["variant"] for row in rows[:2]] == ["FlashAttention-2 dense", "FlexAttention"] and len(rows) == 3
     assert all(row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] and row["ratio"] > 0 for row in rows)
     assert rows[1]["error"] < 0.01 and rows[2]["error"] < 0.01 and "cuDNN dense" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("rows", "expected"), [([0, 0, 0, 0, 1], 1.0), ([0, 1, 0, 1, 1], (2 * 60 + 2 * 60 + 30) / 150)]
+)
+def test_union_of_slices(rows, expected):
+    """Two masks of 30 groups without a common one, in tiles of two slices, the last one of a single slice."""
+    keep = torch.zeros(2, 60, dtype=torch.bool)
+    keep[0, :30] = keep[1, 30:] = True
+    mask = pack(keep[rows], word_count(480, 8)).expand(1, 3, -1, -1)
+    assert attention.union_of(mask, 480, 8, 2) == pytest.approx(expected)

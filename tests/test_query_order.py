@@ -65,7 +65,22 @@ def by_walking(grid, m):
             return rod, run, w - 1 - c if run % 2 else c, b
 
         order += [a * h * w + b * w + c for *_, (a, b, c) in sorted(walk[start : start + m], key=key)]
-    return order
+    return order if m >= 64 else through_time(order, grid, m, cut(h, edges[1]))
+
+
+def through_time(order, grid, m, rods):
+    """The whole slices of an order sorted by where their middle token is in a walk along the rods of one frame."""
+    _, h, w = grid
+    walk = [(b, c) for j, rows in enumerate(rods) for c in (range(w)[::-1] if j % 2 else range(w)) for b in rows]
+    place = {token: i // m for i, token in enumerate(walk)}
+
+    def key(tokens):
+        a, rest = divmod(tokens[m // 2], h * w)
+        p = place[divmod(rest, w)]
+        return p, -a if p % 2 else a
+
+    slices = [order[i : i + m] for i in range(0, len(order) - m + 1, m)]
+    return [*itertools.chain(*sorted(slices, key=key)), *order[len(slices) * m :]]
 
 
 @pytest.mark.parametrize("m", SLICES)
@@ -111,3 +126,32 @@ def test_the_estimate_chooses_well(grid, m, monkeypatch):
         found[edges] = spread(order_of(grid, m).long(), grid, m).mean().item()
     chosen = cross_section(*grid, m)
     assert found[chosen] <= 1.1 * min(found.values()), (chosen, found)
+
+
+def keys_of_a_place(order, grid, m, reach):
+    """bool [T, keys]: slices keep keys within ``reach`` tokens of their middle in height and width, at all times: what
+    many heads of a trained model do. Every 16th key stands for its neighbours, at one time for all."""
+    _, h, w = grid
+    middle = order.long()[: len(order) // m * m].view(-1, m)[:, m // 2] % (h * w)
+    key = torch.arange(0, h * w, 16)
+    return ((middle[:, None] // w - key // w).abs() <= reach) & ((middle[:, None] % w - key % w).abs() <= reach)
+
+
+@pytest.mark.parametrize("m", [16, 32])
+@pytest.mark.parametrize("grid", GRIDS, ids=str)
+def test_slices_of_a_tile_agree(grid, m):
+    """128 queries hold slices of one place in the frames: the union of their keys is little more than those of one.
+    In the sequence of the rods it was 1.8 to 2.9 times as much."""
+    keep = keys_of_a_place(order_of(grid, m), grid, m, reach=6)
+    slices = 128 // m
+    tiles = keep[: len(keep) // slices * slices].unflatten(0, (-1, slices))
+    assert tiles.any(1).sum() * slices < 1.6 * tiles.sum()
+
+
+@pytest.mark.parametrize("m", [16, 32])
+def test_tokens_behind_the_last_whole_slice_stay_there(m):
+    order = order_of((3, 5, 7), m, before=4, after=2)
+    rest = 105 % m
+    assert order[105:].tolist() == [0, 1, 2, 3, 109, 110]
+    # The walk along the rods ends in the last frame.
+    assert all(token >= 4 + 70 for token in order[105 - rest : 105].tolist())

@@ -6,7 +6,8 @@ Every combination of --slice, --density, --lists, --tail and --kernel is a row. 
 BSHD storage, and as many sets of them take turns as fill the L2 cache twice. The mask is given (--lists) and its kept
 work is what counts: "kept" is the measured density, "TFLOP" the useful work of a call, "rate" the kept share of dense
 work over the share of cuDNN's time. Times are medians, JSON holds their 20th and 80th percentiles too. Errors are
-relative L2 against float64, over a few slices of the last head.
+relative L2 against float64, over a few slices of the last head. "union" is what a tile of several slices computes over
+what they keep (1 would be slices that agree); random lists hardly agree, those of a model do (kernels/query_order.py).
 
 --phases adds what goes with it: "lists_ms" expands the mask to column lists (a part of "median_ms"), "tail_ms" is what
 the pooled tail adds, "select_ms" makes a mask from q and k, "together_ms" selects and attends.
@@ -38,7 +39,7 @@ from fg_inductor.kernels.checks import HEAD_DIMS, KERNELS, TAILS
 from fg_inductor.kernels.mask import group_count, unpack
 
 COLUMNS = [
-    "variant", "slice", "lists", "tail", "kept", "tflop", "median_ms", "tflops", "ratio", "rate",
+    "variant", "slice", "lists", "tail", "kept", "union", "tflop", "median_ms", "tflops", "ratio", "rate",
     "lists_ms", "tail_ms", "select_ms", "together_ms", "error",
 ]  # fmt: skip
 DENSE = {"fa2": ("FlashAttention-2 dense", SDPBackend.FLASH_ATTENTION)}
@@ -123,6 +124,8 @@ def rows(args: argparse.Namespace, device: str = "cuda") -> Iterator[dict]:
                 timing = _attention(inputs, call, kernel)
                 extra = _phases(inputs, call, kernel, timing.median, density) if args.phases else {}
                 found = {"error": error(ops.attention(q, k, v, *call, kernel)[0], q, k, v, *call[:-1])}
+                if (slices := _slices_of_a_tile(args.dim, m, variant)) > 1:
+                    found["union"] = union_of(mask, args.seq, n, slices)
                 yield row(timing, kept, variant=variant, tail=tail, **what) | extra | found
 
 
@@ -194,17 +197,37 @@ def _phases(inputs: Inputs, call: tuple, kernel: str, attention_ms: float, densi
     return found | {"together_ms": _in_turns(inputs, together).median}
 
 
+def union_of(mask: Tensor, keys: int, n: int, slices: int) -> float:
+    """Pairs in the unions of ``slices`` slices in a row over the pairs that the slices keep."""
+    sizes = torch.full((group_count(mask.shape[2], slices),), slices, device=mask.device)
+    sizes[-1] -= -mask.shape[2] % slices
+    union = kept = torch.zeros((), dtype=torch.int64, device=mask.device)
+    for words in mask.flatten(0, 1):  # one head at a time: unpacked, those of a long video take gigabytes
+        keep = unpack(words, group_count(keys, n))
+        tiles = F.pad(keep, (0, 0, 0, -mask.shape[2] % slices)).unflatten(0, (-1, slices))
+        union = union + (tiles.any(1).sum(-1) * sizes).sum()
+        kept = kept + keep.sum()
+    return (union / kept).item()
+
+
+def _slices_of_a_tile(dim: int, m: int, kernel: str) -> int:
+    """Slices that share a list in a kernel."""
+    if kernel != "hopper":
+        return 1
+    from fg_inductor.kernels import attention_forward_hopper
+
+    return attention_forward_hopper.slices_of_a_tile(attention_forward_hopper.configuration(dim, m), m)
+
+
 def _lists_ms(mask: Tensor, keys: int, dim: int, m: int, n: int, kernel: str) -> float | None:
     """Column lists, and for "hopper" the order of work, as the kernel makes them; None on CPU, where there are none."""
     if mask.device.type == "cpu":
         return None
     from fg_inductor.kernels import column_lists, work_order
 
-    slices = 1
+    slices = _slices_of_a_tile(dim, m, kernel)
     if kernel == "hopper":
         from fg_inductor.kernels import attention_forward_hopper as schedule
-
-        slices = schedule.slices_of_a_tile(schedule.configuration(dim, m), m)
     else:
         from fg_inductor.kernels import attention_forward as schedule
 
