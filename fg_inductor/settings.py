@@ -12,12 +12,11 @@ from fg_inductor import site_settings
 from fg_inductor.kernels.checks import KERNELS, POOLS, REDUCES, TAILS
 from fg_inductor.kernels.mask import GROUPS, SLICES
 from fg_inductor.selectors import registered_selector, selector_names
-from fg_inductor.site_settings import Sites
+from fg_inductor.site_settings import RULES, Sites
 
 PREFIX = "fgattn."
 INNERS = ("inductor", "aot_eager", "eager")
 WHENS = ("auto", "faster", "always")
-RULES = ("density", "top_p", "alpha")  # of which one at most is given
 BY_HEAD = ("pooled", "observed", "dfs", "dense")  # masks that a density for each head goes with
 
 
@@ -320,8 +319,6 @@ class Settings:
 
     def _with(self, options: dict[str, Any]) -> "Settings":
         changes = {name: value for name, value in options.items() if name != "dense"}
-        if not changes.keys().isdisjoint(RULES):  # a rule of the site takes the place of the model's
-            changes = dict.fromkeys(RULES) | changes
         if options.get("dense"):
             changes |= {"mask": "dense", "static": None}
         return dataclasses.replace(self, sites=None, **changes)

@@ -58,7 +58,7 @@ class Sites:
 
 def alone(options: dict[str, Any]) -> dict[str, Any]:
     """An entry that also takes back what others say about how much to keep, where it says so itself."""
-    return {"density": None, "alpha": None} | options if any(name in options for name in RULES) else options
+    return dict.fromkeys(RULES) | options if any(name in options for name in RULES) else options
 
 
 def near(pattern: str, paths: Iterable[str]) -> list[str]:
@@ -126,8 +126,9 @@ def _entry(pattern: str, options: Any, readers: dict[str, Callable[[Any], Any]])
         except ValueError as error:
             raise ValueError(f"must have a valid {name!r} for {pattern!r}, which {error}") from None
     given = [name for name in RULES if options.get(name, options.get(f"fgattn.{name}")) is not None]
-    if "alpha" in given and "density" in given:
-        raise ValueError(f"must have one of 'alpha' and 'density' for {pattern!r}: both say how much to keep")
+    if len(given) > 1:
+        names = " and ".join(map(repr, given))
+        raise ValueError(f"must have one of {names} for {pattern!r}: both say how much to keep")
     return tuple(found)
 
 

@@ -128,8 +128,13 @@ def test_heads_that_need_all_stay_dense():
 
 @pytest.mark.parametrize(
     "options",
-    [{"fgattn.mask": "dfs", "fgattn.token_grid": (2, 8, 8)}, {"fgattn.mask": "observed"}, {"fgattn.tail": "pooled"}],
-    ids=["dfs", "observed", "tail"],
+    [
+        {"fgattn.mask": "dfs", "fgattn.token_grid": (2, 8, 8)},
+        {"fgattn.mask": "observed"},
+        {"fgattn.tail": "pooled"},
+        {"fgattn.token_grid": (2, 8, 8)},
+    ],
+    ids=["dfs", "observed", "tail", "grid"],
 )
 def test_measures_the_selector_and_tail_of_the_options(options):
     """The curve is what the backend gives at each density (the observed mask, when it is refreshed)."""

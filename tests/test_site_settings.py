@@ -33,6 +33,7 @@ APPLIED = {
     "top-p in place of density": ({"x": {"top_p": 0.5}}, {"density": 0.3}, "x", {"top_p": 0.5, "density": None}),
     "density in place of alpha": ({"x": {"density": 0.5}}, {"alpha": 2}, "x", {"density": 0.5, "alpha": None}),
     "a later rule": ({"*": {"alpha": 2}, "x": {"top_p": 0.7}}, {}, "x", {"top_p": 0.7}),
+    "density after top-p": ({"*": {"top_p": 0.7}, "x": {"density": 0.5}}, {}, "x", {"density": 0.5}),
     "not a rule": ({"x": {"max_density": 0.5}}, {"alpha": 2}, "x", {"max_density": 0.5}),
     "dense": ({"x": {"dense": True}}, {}, "x", {"mask": "dense"}),
     "dense taken back": ({"*": {"dense": True}, "x": {"dense": False}}, {}, "x", {}),
@@ -64,7 +65,8 @@ REFUSED = {
     "heads": ({"x": {"density": []}}, "a valid 'density' for 'x', which must be a number in (0, 1], a list"),
     "head": ({"x": {"density": [0.3, 0]}}, "a valid 'density' for 'x', which must be a number in (0, 1]"),
     "flag": ({"x": {"dense": 1}}, "a valid 'dense' for 'x', which must be True or False"),
-    "rules": ({"x": {"density": 0.3, "alpha": 1}}, "one of 'alpha' and 'density' for 'x'"),
+    "rules": ({"x": {"density": 0.3, "alpha": 1}}, "one of 'density' and 'alpha' for 'x'"),
+    "rules too": ({"x": {"top_p": 0.3, "density": 1}}, "one of 'density' and 'top_p' for 'x'"),
     "no file": ("/nowhere/settings.json", "must name a file that can be read (No such file"),
 }
 
