@@ -9,8 +9,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import fg_inductor
+from fg_inductor import cost
 from fg_inductor.__main__ import main
 from fg_inductor.calibration import LADDER, calibrate
+from fg_inductor.passes.site import Forecast
 from fg_inductor.toy_models import SHORT, SelfAttention, Stack, tokens
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -145,6 +147,15 @@ def test_measures_the_selector_and_tail_of_the_options(options):
         setting = options | {"fgattn.sites": {"blocks.0": {"density": [LADDER[rung]]}}}
         actual = error_of(model, x, **setting)
         assert actual == pytest.approx(found.curves["blocks.0"].relative()[rung, 0].item(), rel=1e-3)
+
+
+def test_measures_sites_that_would_not_pay(monkeypatch):
+    def ask(settings, *rest):
+        return None if settings.when == "always" else Forecast(False, "0.5x")
+
+    monkeypatch.setattr(cost, "forecaster", lambda *_: ask)
+    options = OPTIONS | {"fgattn.when": "faster"}
+    assert list(calibrate(Stack(1), [(tokens(),)], options=options, progress=False).sites) == ["blocks.0"]
 
 
 def test_says_what_it_could_not_measure():
