@@ -358,9 +358,12 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], inner: str, patches
     from torch._inductor.async_compile import maybe_warm_pool
 
     maybe_warm_pool()
+    from torch._inductor import config
     from torch._inductor.compile_fx import compile_fx
     from torch._inductor.decomposition import select_decomp_table
 
-    decompositions = {**select_decomp_table(), ops.reorder: ops.reorder_decomposition}
+    # Into Inductor's own table: with a table of ours, its caches would be off.
+    with config.patch(patches):
+        select_decomp_table().setdefault(ops.reorder, ops.reorder_decomposition)
     # As patches and not in a ``with``: backward is compiled later, and must see them too.
-    return compile_fx(gm, example_inputs, config_patches=patches, decompositions=decompositions)
+    return compile_fx(gm, example_inputs, config_patches=patches)
