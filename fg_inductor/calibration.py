@@ -8,6 +8,7 @@ outputs and a few numbers for each site, however many inputs there are.
 
 import contextlib
 import copy
+import dataclasses
 import json
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -159,7 +160,7 @@ def _settings(options: dict[str, Any] | None) -> Settings:
             f"fg_inductor.calibrate: the mask {settings.mask!r} has no density to find; "
             f"there are {', '.join(repr(x) for x in BY_HEAD if x != 'dense')}."
         )
-    return settings
+    return dataclasses.replace(settings, when="always")  # what pays is decided when it is known how much is kept
 
 
 def _call_of(item: Any) -> tuple[tuple, dict]:
