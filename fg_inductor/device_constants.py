@@ -54,6 +54,7 @@ def constants(settings: Settings, dim: int, dtype: torch.dtype, device: torch.de
     if device.type == "cuda" and (not torch.cuda.is_available() or torch.cuda.is_current_stream_capturing()):
         return None  # a graph for another machine; or nothing may run now
     device = torch.device(device.type, torch.cuda.current_device()) if _no_index(device) else device
+    settings = settings.with_order(True)  # "auto" and the slice that it stands for are one measurement
     about = _about(settings, dim, dtype, device)
     key = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()[:16]
     if key not in _found:

@@ -137,7 +137,7 @@ def test_backward_sees_the_options():
 
 REFUSED = {
     "ours": ({"fgattn.dentisy": 0.2}, ValueError, "unknown option 'fgattn.dentisy'; did you mean 'fgattn.density'?"),
-    "ours-value": ({"fgattn.slice": "9x9"}, ValueError, "option 'fgattn.slice' must be 'MxN'"),
+    "ours-value": ({"fgattn.slice": "9x9"}, ValueError, "option 'fgattn.slice' must be 'auto', or 'MxN'"),
     "no-prefix": ({"density": 0.2}, ValueError, "unknown option 'density', neither 'fgattn.<name>' nor one of"),
     "no-prefix-hint": ({"inner": "eager"}, ValueError, "did you mean 'fgattn.inner'?"),
     "prefix-typo": ({"fgatn.density": 0.2}, ValueError, "did you mean 'fgattn.density'?"),

@@ -19,7 +19,13 @@ TINY = {"heads": 2, "tokens": 60, "dim": 32, "grid": (3, 4, 5)}
 def test_defaults():
     args = model.parse([])
     assert (args.preset, args.layers, args.compile, args.mask) == ("wan2.1-1.3b-480p", [1, 3], "blocks", ["pooled"])
-    assert (args.slice, args.density, args.tail, args.steps, args.dense) == ([(128, 8)], [0.3], ["none"], 50, 10)
+    assert (args.slice, args.density, args.tail, args.steps, args.dense) == (
+        [model.DEFAULT_SLICE],
+        [0.3],
+        ["none"],
+        50,
+        10,
+    )
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fg_inductor
-from fg_inductor import cost, device_constants
+from fg_inductor import calibration, cost, device_constants
 from fg_inductor.cost import Constants, Shape, expected_ms, forecast
 from fg_inductor.passes.site import Forecast
 from fg_inductor.settings import Settings
@@ -123,9 +123,14 @@ def test_a_replayed_graph_waits_for_no_python(card):
 
 def test_says_what_it_assumes(card):
     ask, cuda = cost.forecaster(), torch.device("cuda")
-    text = ask(Settings(), *SITE, cuda).text
+    text = ask(Settings(top_p=0.9), *SITE, cuda).text
     assert re.fullmatch(r"[\d.]+x at density 0\.3 \(assumed\): [\d.]+ ms for [\d.]+ ms dense", text)
     assert "(assumed)" not in ask(Settings(density=0.3), *SITE, cuda).text
+
+
+def test_calibration_measures_every_site():
+    """What pays depends on the density that it is about to find."""
+    assert calibration._settings({"fgattn.when": "faster"}).when == "always"
 
 
 # The pass

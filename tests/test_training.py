@@ -158,7 +158,8 @@ def test_gradient_checkpointing_of_diffusers():
     run = compiled(model, fullgraph=True)
     assert_as_accurate_as_eager(model, run, inputs)
     calls = count_calls(lambda: gradients(model, run, inputs))
-    assert calls == {"query_order": calls["query_order"], "select_pooled": 4, "attention": 4, "attention_backward": 2}
+    order = {name: calls[name] for name in ("query_order", "reorder")}
+    assert calls == order | {"select_pooled": 4, "attention": 4, "attention_backward": 2}
     assert fg_inductor.report().rewritten == 2
 
 
