@@ -150,7 +150,7 @@ def _card(row: Row, shown: Picture | None) -> str:
 def _bars(densities: list[float]) -> str:
     """A bar for each head, as SVG."""
     width, height = 460, 96
-    step = width / len(densities)
+    step = width / max(len(densities), 12)  # few heads have slim bars too
     bars = "".join(
         f'<rect x="{i * step + step * 0.12:.1f}" y="{height * (1 - x):.1f}" width="{step * 0.76:.1f}" '
         f'height="{height * x:.1f}"><title>head {i}: {x:.3f}</title></rect>'

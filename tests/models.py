@@ -42,7 +42,7 @@ class Model:
     blocks     whether diffusers names its repeated blocks, so that ``compile_repeated_blocks`` can compile them
     trains     whether it trains under AOTAutograd as it is, without this package
     float64    whether its own code runs in float64
-    checkpoints whether Dynamo traces its gradient checkpointing
+    checkpoints whether Dynamo traces its gradient checkpointing; lengths that depend on data are a graph break there
     by_default whether it belongs to the representative few that every run tests
     note       for the table of models
     """
@@ -375,7 +375,7 @@ MODELS["Mochi"] = Model(
         in_channels=4, text_embed_dim=16, time_embed_dim=4, max_sequence_length=TEXT,
     ),
     lambda: {"hidden_states": latents(), **common(), "encoder_attention_mask": padded_text().bool()},
-    [CROSS, JOINT, JOINT], "60:u", blocks=False, by_default=True,
+    [CROSS, JOINT, JOINT], "60:u", blocks=False, checkpoints=False, by_default=True,
     note="valid text alone, so that its length is known at run time",
 )  # fmt: skip
 MODELS["Mochi, batch of 2"] = Model(
@@ -384,7 +384,7 @@ MODELS["Mochi, batch of 2"] = Model(
         "hidden_states": latents(batch=2), **common(batch=2),
         "encoder_attention_mask": torch.arange(TEXT) < torch.tensor([[5], [3]]),
     },
-    [CROSS, JOINT, JOINT, JOINT, JOINT], "60:u", blocks=False, note="one site for each batch entry",
+    [CROSS, JOINT, JOINT, JOINT, JOINT], "60:u", blocks=False, checkpoints=False, note="one site for each batch entry",
 )  # fmt: skip
 
 # Cross attention to the text
