@@ -38,11 +38,23 @@ SUMMARY = (
     ("attention, 30% kept key by key", WAN, {**PLAIN, "slice": "128x1", "density": 0.3}),
     ("attention, 10% kept in groups of 8 keys", WAN, {**PLAIN, "slice": "128x8", "density": 0.1}),
     ("attention, everything kept", WAN, {**PLAIN, "slice": "128x8", "density": 1.0}),
+    ("backward of attention, 30% kept key by key", "training_attention.json", {"work": "backward"}),
     (
-        "attention, 30% kept in groups of 8 keys",
-        "attention_hopper_wan2.1-14b-720p.json",
-        {**PLAIN, "slice": "128x8", "density": 0.3, "lists": "random"},
+        "its forward, backward and selection",
+        "training_attention.json",
+        {"work": "selection, forward and backward"},
     ),
+    ("a denoising step of the transformer, 30% kept", "model_wan2.1-1.3b-720p.json", {"variant": "fgattn, pooled"}),
+    ("a denoising step of the transformer, 30% kept", "model_wan2.1-14b-720p.json", {"variant": "fgattn, pooled"}),
+)
+QUALITY = (
+    "FG-Attn's rule: one mean of 128 queries, single keys, raster order",
+    "64-key blocks, raster order",
+    "top-p of the mass, one p for all, 128x8",
+    "128x8, means of 16, queries in rods, keys in raster order (default before)",
+    "128x16, keys in query order (default)",
+    "128x16, keys in query order, pooled tail",
+    "exact mass of this step, 128x16, keys in query order",
 )
 LAST = ("baseline", "baseline_ms", "median_ms", "ratio")  # in this order at the right of each table
 
@@ -106,10 +118,25 @@ def summary_table(folder: Path = HERE / "results", summary=SUMMARY) -> str:
     return "\n".join([*lines, "", f"{'; '.join(sorted(cards))}."])
 
 
+def quality_table(file: Path = HERE / "results" / "quality_emulated.json", variants=QUALITY) -> str:
+    """PSNR against dense attention, the mean over the videos, as Markdown: a row for each of ``variants``."""
+    records = json.loads(file.read_text())
+    columns = list(dict.fromkeys((r["model"], r["density"]) for r in records))
+    names = [f"{model.partition(',')[0]}, {density:g} kept" for model, density in columns]
+    lines = ["| mask | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
+    for variant in variants:
+        found = {(r["model"], r["density"]): r for r in records if r["variant"] == variant}
+        cells = (f"{found[c]['psnr_db']:.1f}" if c in found else "" for c in columns)
+        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
+    models = dict.fromkeys(r["model"] for r in records)
+    videos = {r["videos"] for r in records}
+    return "\n".join([*lines, "", f"PSNR in dB, mean of {max(videos)} videos each. {'; '.join(models)} steps."])
+
+
 def sections() -> dict[Path, dict[str, str]]:
     """The generated sections of each file."""
     return {
-        README: {"summary": summary_table(), "options": options_table()},
+        README: {"summary": summary_table(), "quality": quality_table(), "options": options_table()},
         BENCHMARKS: {"measured": measured_tables()},
     }
 
