@@ -9,6 +9,7 @@ import difflib
 import logging
 import typing
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,16 +54,19 @@ def fgattn(
     graph_id = str(torch._guards.CompileContext.current_compile_id())
     before = gm.print_readable(print_output=False) if log.isEnabledFor(logging.DEBUG) else None
     with dynamo_timed("fgattn_pass", log_pt2_compile_event=True):
-        dense = variant.copy_graph(gm) if settings.dense_first else None
-        rows = rewrite_graph(gm, settings, graph_id, host_counts=not _replays(patches))
+        varies = settings.dense_first or settings.mask == "observed" or len(settings.stages) > 1
+        original = variant.copy_graph(gm) if varies else None
+        rows = rewrite_graph(gm, settings.stages[0][1], graph_id, host_counts=not _replays(patches))
+        rows = [dataclasses.replace(row, settings=settings.for_site(row.site.path)) for row in rows]
         _check_strict(rows, settings)
         rewritten = any(row.site.rewritten for row in rows)
         meter = Meter(density.add_outputs(gm)) if settings.stats and rewritten else None
-        stateful = None
-        if settings.mask == "observed" and rewritten:
-            stateful = _with_state(gm, example_inputs, rows, settings, graph_id)
-            rows = [_note_stateless(row, stateful) for row in rows]
-            state.say_reasons(settings, stateful)
+        stages = [_Stage(gm, [])]
+        if varies and rewritten:
+            stages = _stages(gm, original, example_inputs, rows, settings, graph_id)
+            if settings.mask == "observed":
+                rows = [_note_stateless(row, stages[0].observed[0]) for row in rows]
+                state.say_reasons(settings, stages[0].observed[0])
     if before is not None:
         log.debug("graph %s before:\n%s\nafter:\n%s", graph_id, before, gm.print_readable(print_output=False))
     if meter:
@@ -78,19 +82,21 @@ def fgattn(
         compiled = _compile(graph, inputs, settings.inner, ours)
         return meter.wrap(compiled) if meter else compiled
 
-    observes = stateful is not None and bool(stateful.sites)
-    if not settings.dense_first and not observes:
+    if not varies:
         return compile_sparse(gm, example_inputs)
-    sparse, inputs = variant.copy_graph(gm), variant.fake_inputs(example_inputs)
-    paths = {row.site.index: row.site.path for row in rows}
-    return Variants(
-        settings,
-        dense=lambda: _compile(dense, inputs, settings.inner, patches),
-        sparse=lambda: compile_sparse(sparse, inputs),
-        now=variant.is_symbolic(inputs),
-        observed=(lambda: compile_sparse(stateful.gm, [*inputs, *stateful.inputs])) if observes else None,
-        keeper=state.Keeper(settings, graph_id, stateful, paths, inputs) if observes else None,
-    )
+    inputs = variant.fake_inputs(example_inputs)
+    observes = bool(stages[0].observed) and bool(stages[0].observed[0].sites)
+    keeper = None
+    if observes:
+        paths = {row.site.index: row.site.path for row in rows}
+        keeper = state.Keeper(settings, graph_id, [stage.observed for stage in stages], paths, inputs)
+
+    def compilers(stage: _Stage):
+        observed = [partial(compile_sparse, form.gm, [*inputs, *form.inputs]) for form in stage.observed if observes]
+        return partial(compile_sparse, stage.sparse, inputs), observed
+
+    dense = partial(_compile, original, inputs, settings.inner, patches)
+    return Variants(settings, dense, list(map(compilers, stages)), variant.is_symbolic(inputs), keeper)
 
 
 def reset(model: torch.nn.Module | None = None) -> None:
@@ -118,7 +124,7 @@ def explain(
     Runs the model once, eagerly: with dense attention; where ``page`` names a file, with sparse attention, and writes
     an HTML page with the block mask of each rewritten site. ``fg_inductor.report()`` and the counters stay as they are.
     """
-    settings, _ = read_options(None, options)
+    settings = read_options(None, options)[0].stages[0][1]
     rows, pictures = [], {}
 
     def trace(gm, example_inputs):
@@ -176,10 +182,10 @@ def rewrite(gm: GraphModule, options: dict[str, Any] | None = None) -> Report:
     settings, patches = read_options(None, options)
     if patches:
         raise ValueError(f"fg_inductor.rewrite compiles nothing, so that {', '.join(patches)} would have no effect.")
-    if settings.mask == "observed" or settings.dense_first:
+    if settings.mask == "observed" or settings.dense_first or len(settings.stages) > 1:
         raise ValueError(
-            "fg_inductor.rewrite: a graph alone has neither steps nor state, so that the mask 'observed' and "
-            "'fgattn.dense_first' need the backend; leave them out."
+            "fg_inductor.rewrite: a graph alone has neither steps nor state, so that the mask 'observed', "
+            "'fgattn.dense_first' and a density by steps need the backend; leave them out."
         )
     rows = rewrite_graph(gm, settings, "exported")
     _check_strict(rows, settings)
@@ -309,12 +315,46 @@ def _note_unmeasured(row: Row, meter: Meter) -> Row:
     return dataclasses.replace(row, note="density not measured inside a checkpointed region")
 
 
+@dataclasses.dataclass
+class _Stage:
+    """The rewritten graph in one stage of the density, and with observed masks of each size that may be kept."""
+
+    sparse: GraphModule
+    observed: list[Stateful]
+
+
+def _stages(
+    gm: GraphModule,
+    original: GraphModule,
+    example_inputs: Sequence[Any],
+    rows: list[Row],
+    settings: Settings,
+    graph: str,
+) -> list[_Stage]:
+    """The forms of a graph. ``gm`` is the first of them, rewritten, ``original`` the graph before."""
+
+    def form(of: Settings) -> GraphModule:
+        if of is first:
+            return variant.copy_graph(gm)
+        other = variant.copy_graph(original)
+        rewrite_graph(other, of, graph)
+        if settings.stats:
+            density.add_outputs(other)
+        return other
+
+    first, result = settings.stages[0][1], []
+    for _, stage in settings.stages:
+        observed = [_with_state(form(level), example_inputs, rows, settings, graph) for level in stage.levels]
+        result.append(_Stage(form(stage), observed))
+    return result
+
+
 def _with_state(
     gm: GraphModule, example_inputs: Sequence[Any], rows: list[Row], settings: Settings, graph_id: str
 ) -> Stateful:
-    """A copy of a rewritten graph with state. An error of the pass is a reason to go without, unless ``strict``."""
+    """A rewritten graph with state. An error of the pass is a reason to go without, unless ``strict``."""
     try:
-        return add_state(variant.copy_graph(gm), example_inputs)
+        return add_state(gm, example_inputs, settings.drift)
     except Exception as error:
         if settings.strict:
             raise

@@ -19,7 +19,7 @@ import functools
 import logging
 import math
 import threading
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -125,12 +125,25 @@ class Run:
         """
         if share == 0:
             return 0
+        return max(1, math.floor(share * self._known_total("fgattn.dense_first") + 0.5))
+
+    def stage(self, starts: Sequence[float]) -> int:
+        """The number of the stage of the density that the step is in. starts: shares of the steps, from 0.
+
+        Raises RuntimeError where there are several, and the number of steps is not known.
+        """
+        if len(starts) == 1:
+            return 0
+        total = self._known_total("fgattn.density")
+        return sum(self.index >= math.floor(start * total + 0.5) for start in starts) - 1
+
+    def _known_total(self, option: str) -> int:
         if self.total is None:
             raise RuntimeError(
-                "fg_inductor.denoising: 'fgattn.dense_first' is a share of the steps, and their number is not known: "
-                "the scheduler's set_timesteps has not been called inside the 'with'. Pass steps=."
+                f"fg_inductor.denoising: '{option}' speaks of a share of the steps, and their number is not known: the "
+                "scheduler's set_timesteps has not been called inside the 'with'. Pass steps=."
             )
-        return max(1, math.floor(share * self.total + 0.5))
+        return self.total
 
     def begin(self, total: int) -> None:
         """A new video of ``total`` steps begins; the number given to ``denoising`` prevails."""
@@ -147,7 +160,7 @@ class Run:
         if branch is None:
             branches = self._branches.setdefault(model, Branches())
             branch = branches.identify(tree_leaves((args, kwargs)), self.index)
-        return Call(self, branch)
+        return Call(self, model, branch)
 
     def end(self) -> None:
         """The loop is over; the tensors held are let go."""
@@ -162,8 +175,8 @@ class Run:
 class Call:
     """One call of a model inside a run. branch: which one of guidance; None where that can't be told."""
 
-    def __init__(self, run: Run, branch: Hashable):
-        self.run, self.branch = run, branch
+    def __init__(self, run: Run, model: nn.Module, branch: Hashable):
+        self.run, self.model, self.branch = run, model, branch
 
 
 class _Calls(threading.local):

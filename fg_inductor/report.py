@@ -34,7 +34,8 @@ class Row:
               the sizes that the graph was traced with; None where it stays dense
     density   kept pairs / all pairs, the mean over all calls so far; None where it was not measured
     note      why ``fgattn.stats`` could not measure it, or calls had no observed mask; else empty
-    state_bytes  size of the observed masks that are held for it, over all layers and branches that share the graph
+    held      the observed masks that it holds, over all layers and branches that share the graph: their bytes, the
+              keys in a group of theirs, and how often one was observed
     """
 
     graph: str
@@ -43,11 +44,12 @@ class Row:
     kernel: str | None = None
     density: float | None = None
     note: str = ""
-    state_bytes: int = 0
+    held: state.Held = dataclasses.field(default_factory=state.Held)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data, fit for JSON. ``settings`` holds the options that are not at their defaults."""
-        row = {name: getattr(self, name) for name in ("graph", "kernel", "density", "note", "state_bytes")}
+        row = {name: getattr(self, name) for name in ("graph", "kernel", "density", "note")}
+        row |= {"held": dataclasses.asdict(self.held)}
         return row | dataclasses.asdict(self.site) | {"settings": self.settings.changed()}
 
     def cells(self) -> tuple[str, ...]:
@@ -55,7 +57,12 @@ class Row:
         site, dense = self.site, not self.site.rewritten
         reason = f"{site.reason} ({site.detail})" if site.detail else site.reason
         found = (f"{name} {text}" for name, text in site.details.items())
-        held = f"masks held: {self.state_bytes / 1e6:.3g} MB" if self.state_bytes else ""
+        held = ""
+        if self.held.bytes:
+            kept = f"{self.settings.m}x{self.held.n}"
+            size = f"{self.held.bytes / 1e6:.3g} MB at {kept}"
+            why = " for fgattn.state_bytes" if kept != site.slice else ""
+            held = f"masks held: {size}{why}, {self.held.refreshes} refreshes"
         notes = "; ".join(filter(None, (reason, *found, held, self.note)))
         density = "" if self.density is None else f"{self.density:.3f}"
         return (
@@ -134,7 +141,9 @@ def _rich_table(report: Report):
 def summary(settings: Settings, slice_: str) -> str:
     """What decides the mask, in few words: ``pooled 128x16, density 0.3``."""
     keep = ""
-    if settings.mask in ("pooled", "observed", "dfs"):
+    if len(settings.stages) > 1:
+        keep = ", density " + ", ".join(f"{stage.density:g} from {start:g}" for start, stage in settings.stages)
+    elif settings.mask in ("pooled", "observed", "dfs"):
         rule = next((name for name in ("alpha", "top_p") if getattr(settings, name) is not None), None)
         keep = f", {rule} {_number(getattr(settings, rule))}" if rule else f", density {_number(settings.share)}"
     tail = "" if settings.tail == "none" else f", {settings.tail} tail"
@@ -228,8 +237,8 @@ def note_sites(graph: str, rows: list[Row], settings: Settings) -> None:
 
 def _as_of_now(row: Row, densities: dict[int, float]) -> Row:
     note = "; ".join(filter(None, (row.note, state.problem(row.graph) if row.site.rewritten else "")))
-    held = state.size(row.graph, row.site.index)
-    return dataclasses.replace(row, density=densities.get(row.site.index), note=note, state_bytes=held)
+    held = state.held(row.graph, row.site.index)
+    return dataclasses.replace(row, density=densities.get(row.site.index), note=note, held=held)
 
 
 def record(rows: list[Row], meter: Meter | None) -> None:

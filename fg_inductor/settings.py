@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import math
 import numbers
+import re
 import reprlib
 from dataclasses import dataclass
 from typing import Any
@@ -149,13 +150,41 @@ def _grid(value):
     return sides
 
 
+@dataclass(frozen=True)
+class Schedule:
+    """A density by steps: (share of the steps, density from there on), from 0 on in order."""
+
+    steps: tuple[tuple[float, float], ...]
+
+
+def _density(value):
+    """A share of the groups, None, or a dict {share of the steps: density from there on}."""
+    if not isinstance(value, dict):
+        return _fraction(optional=True)(value)
+    pairs = sorted((_share(start), _fraction()(density)) for start, density in value.items())
+    if not pairs or pairs[0][0] != 0 or pairs[-1][0] == 1:
+        raise ValueError("must begin at 0 and end before 1, as {0: 0.3, 0.5: 0.2}: from half of the steps on 0.2")
+    return Schedule(tuple(pairs))
+
+
+def _bytes(value):
+    if value is not None and (_whole(value) is None or _whole(value) < 1):
+        raise ValueError("must be a number of bytes, 1 or more, or None")
+    return value if value is None else _whole(value)
+
+
 def _refresh(value):
     word, _, number = value.partition(" ") if isinstance(value, str) else ("", "", "")
     if word == "every" and number.isdecimal() and int(number) > 0:
         return f"every {int(number)}"
+    if word == "drift" and re.fullmatch(r"0?\.\d+", number) and float(number) > 0:
+        return f"drift {float(number):g}"
     steps = tuple(map(_whole, value)) if isinstance(value, (tuple, list)) else (None,)
     if any(x is None or x < 0 for x in steps):
-        raise ValueError("must be 'every N', N a number of steps, or a list of steps, the first of which is 0")
+        raise ValueError(
+            "must be 'every N', N a number of steps; 'drift X', X a fall of the kept mass between 0 and 1; or a list "
+            "of steps, the first of which is 0"
+        )
     return tuple(sorted(set(steps)))
 
 
@@ -193,8 +222,11 @@ class Settings:
         "M queries by N keys that are kept or dropped together; 'auto': 128x16 where the token grid is known, else "
         "128x8",
     )
-    density: float | tuple[float, ...] | None = _option(  # by head from ``sites`` alone
-        None, _fraction(optional=True), "share of its key groups that a slice keeps; 0.3 where nothing else is given"
+    density: "float | Schedule | tuple[float, ...] | None" = _option(  # noqa: RUF009 (by head from ``sites`` alone)
+        None,
+        _density,
+        "share of its key groups that a slice keeps; 0.3 where nothing else is given. A dict gives one by steps: "
+        "`{0: 0.3, 0.5: 0.2}` is 0.2 from half of them on; needs `fg_inductor.denoising`",
     )
     top_p: float | None = _option(
         None, _fraction(optional=True), "instead of density: share of the estimated attention mass to keep, in (0, 1]"
@@ -228,7 +260,13 @@ class Settings:
         0.0, _share, "share of the denoising steps, the first ones, attended densely; needs `fg_inductor.denoising`"
     )
     refresh: str | tuple[int, ...] = _option(
-        "every 8", _refresh, "when observed masks are made anew: 'every N' steps, or a list of steps, from 0"
+        "every 8",
+        _refresh,
+        "when observed masks are made anew: 'every N' steps; a list of steps, from 0; or 'drift X', where the mass "
+        "that they keep has fallen by X",
+    )
+    state_bytes: int | None = _option(
+        None, _bytes, "bound on the bytes of observed masks; they are kept by larger key groups where they exceed it"
     )
     when: str = _option(
         "auto",
@@ -336,6 +374,28 @@ class Settings:
     def n(self) -> int:
         """Keys in a group."""
         return 8 if self.slice == "auto" else int(self.slice.partition("x")[2])
+
+    @property
+    def stages(self) -> tuple[tuple[float, "Settings"], ...]:
+        """(share of the steps, the settings from there on), in order; one stage where ``density`` is one number."""
+        if not isinstance(self.density, Schedule):
+            return ((0.0, self),)
+        return tuple((start, dataclasses.replace(self, density=density)) for start, density in self.density.steps)
+
+    @property
+    def levels(self) -> tuple["Settings", ...]:
+        """These, and with ``state_bytes`` in larger and larger key groups: as observed masks may be kept."""
+        if self.mask != "observed":
+            return ()
+        largest = 16 if self.slice == "auto" else self.n
+        coarser = [n for n in GROUPS if n > largest] if self.state_bytes else []
+        return (self, *(dataclasses.replace(self, slice=f"{self.m}x{n}") for n in coarser))
+
+    @property
+    def drift(self) -> float | None:
+        """The bound on drift that ``refresh`` sets; None where it is a schedule."""
+        drift = isinstance(self.refresh, str) and self.refresh.startswith("drift")
+        return float(self.refresh.split()[1]) if drift else None
 
     @property
     def selector(self):

@@ -6,10 +6,14 @@ are offloaded. The masks outlive a run, so that the next one finds the same addr
 whatever was observed for another video is observed anew.
 """
 
+import collections
 import logging
+import math
+import re
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import sympy
 import torch
@@ -30,36 +34,51 @@ class _Entry:
 
     weight: TensorWeakRef
     mask: Tensor
+    drift: Tensor | None  # as ``begin_observed_`` has it
     graph: str
     site: int
+    n: int  # keys in a group
     video: object = None  # during which it was observed
     step: int = 0  # and when
+    stage: int = 0  # and in which stage of the density
     call: Call | None = None  # that used it last
+    refreshes: int = 0  # told by the host
 
 
-# (path and index of the site, settings, id of the weight, branch) -> its mask
+@dataclass(frozen=True)
+class Held:
+    """The observed masks that a site of a compiled graph holds, over all layers and branches."""
+
+    bytes: int = 0
+    n: int = 0  # keys in a group; 0 without a mask
+    refreshes: int = 0  # how often one was observed
+
+
+# (path and index of the site, settings, level of the budget, id of the weight, branch) -> its mask
 _entries: dict[tuple, _Entry] = {}
 _flags: dict[torch.device, tuple[Tensor, list[bool]]] = {}  # device -> the flag that graphs read, and what it says
 _problems: dict[str, str] = {}  # graph -> why a call of it was stateless
 _said: set[tuple[Settings, str]] = set()
+_budgets: dict[Settings, "_Budget"] = {}
 
 
 def forget(model: nn.Module | None = None) -> None:
     """Free the masks of a model, or all of them."""
     if model is None:
-        _entries.clear()
-        _flags.clear()
-        _problems.clear()
-        _said.clear()
+        for known in (_entries, _flags, _problems, _said, _budgets):
+            known.clear()
         return
     weights = {id(p) for p in model.parameters()}
     for key in [key for key, entry in _entries.items() if id(entry.weight()) in weights]:
         del _entries[key]
 
 
-def size(graph: str, site: int) -> int:
-    """Bytes of the masks that a site of a compiled graph holds, over all layers and branches."""
-    return sum(e.mask.numel() * e.mask.element_size() for e in _entries.values() if (e.graph, e.site) == (graph, site))
+def held(graph: str, site: int) -> Held:
+    """What a site of a compiled graph holds. Waits for the device where refreshes are told by drift."""
+    found = [e for e in _entries.values() if (e.graph, e.site) == (graph, site)]
+    refreshes = sum(e.refreshes if e.drift is None else int(e.drift[2]) for e in found)
+    size = sum(e.mask.numel() * e.mask.element_size() for e in found)
+    return Held(size, found[0].n if found else 0, refreshes)
 
 
 def problem(graph: str) -> str:
@@ -76,46 +95,119 @@ def say_reasons(settings: Settings, stateful: Stateful) -> None:
 
 
 def is_due(refresh: str | tuple[int, ...], step: int, last: int) -> bool:
-    """Whether a mask observed at step ``last`` is to be observed again at ``step``: ``fgattn.refresh``."""
+    """Whether a mask observed at step ``last`` is to be observed again at ``step``: ``fgattn.refresh``.
+
+    Never where drift decides, which is measured on the device.
+    """
     if isinstance(refresh, tuple):
         return any(last < listed <= step for listed in refresh)
-    return step - last >= int(refresh.removeprefix("every "))
+    rule, number = refresh.split()
+    return rule == "every" and step - last >= int(number)
+
+
+class _Budget:
+    """Which of the sizes of key groups keeps the masks of all models with the same settings within ``state_bytes``.
+
+    What they need is known before it is allocated: the layers that share a graph are counted by the names of their
+    weights. A branch of guidance counts from its first call on; masks that are then held too finely are let go, and
+    observed anew in larger groups.
+    """
+
+    def __init__(self, settings: Settings):
+        self.settings, self.level = settings, 0
+        self._needs: WeakKeyDictionary[nn.Module, dict[tuple, list[int]]] = WeakKeyDictionary()
+
+    def fits(self, call: Call, keeper: "Keeper", args: tuple) -> bool:
+        """Take note of a call, and choose ``level``. False where even the largest groups need too much."""
+        if self.settings.state_bytes is None:
+            return True
+        needs, key = self._needs.setdefault(call.model, {}), (keeper.graph, call.branch)
+        sizes, forms = keeper.sizes(args), keeper.forms[0]
+        if (key, sizes) not in needs:
+            for old in [known for known in needs if known[0] == key]:
+                del needs[old]
+            layers = _layers(call.model, [args[site.weight] for site in forms[0].sites])
+            needs[key, sizes] = [
+                sum(4 * math.prod(shape) * n for shape, n in zip(keeper.mask_shapes(args, form), layers, strict=True))
+                for form in forms
+            ]
+            while self.level < len(forms) - 1 and self._total() > self.settings.state_bytes:
+                self.level += 1
+                self._let_go()
+        return self._total() <= self.settings.state_bytes
+
+    def _total(self) -> int:
+        return sum(need[self.level] for needs in self._needs.values() for need in needs.values())
+
+    def _let_go(self) -> None:
+        for key in [key for key in _entries if key[2] == self.settings and key[3] < self.level]:
+            del _entries[key]
+        log.info(
+            "fgattn.state_bytes=%d: observed masks are kept by %s",
+            self.settings.state_bytes,
+            self.settings.levels[self.level].slice,
+        )
+
+
+def _layers(model: nn.Module, weights: list[Tensor]) -> list[float]:
+    """How many layers of a model share the graph that has ``weights``, shared out among sites of one kind."""
+    names = {id(p): re.sub(r"\d+", "#", name) for name, p in model.named_parameters()}
+    kinds = [names.get(id(weight)) for weight in weights]
+    everywhere, here = collections.Counter(names.values()), collections.Counter(kinds)
+    return [1.0 if kind is None else everywhere[kind] / here[kind] for kind in kinds]
 
 
 class Keeper:
-    """Gives the calls of one compiled graph the masks of their layer and branch, and says whether to refresh them."""
+    """Gives the calls of one compiled graph the masks of their layer and branch, and says whether to refresh them.
 
-    def __init__(self, settings: Settings, graph: str, stateful: Stateful, paths: dict[int, str], example_inputs):
-        self.settings, self.graph, self.paths = settings, graph, paths
-        self.sites, self.devices = stateful.sites, stateful.devices
+    forms  the graph with state, for each of ``settings.stages`` one for each of its ``levels``
+    """
+
+    def __init__(
+        self, settings: Settings, graph: str, forms: list[list[Stateful]], paths: dict[int, str], example_inputs
+    ):
+        self.settings, self.graph, self.forms, self.paths = settings, graph, forms, paths
         self._symbols = {i: x.node.expr for i, x in enumerate(example_inputs) if isinstance(x, torch.SymInt)}
         self._shapes: dict[tuple, list[tuple[int, ...]]] = {}
 
-    def arguments(self, call: Call, args: tuple) -> list[Tensor] | None:
-        """What the graph takes behind ``args``; None where the call must be stateless."""
+    def arguments(self, call: Call, args: tuple, stage: int = 0) -> tuple[int, list[Tensor]] | None:
+        """Which of ``forms`` runs, and what it takes behind ``args``; None where the call must be stateless.
+
+        stage: of the density. A mask that was observed in another one is observed anew.
+        """
         if call.branch is None:
             self._say_ambiguous(call.run)
             return None
-        if any(isinstance(args[site.weight], FakeTensor) for site in self.sites):
+        if any(isinstance(args[site.weight], FakeTensor) for site in self.forms[stage][0].sites):
             return None  # DDP's graph splitter runs compiled code for its shapes
+        budget = _budgets.setdefault(self.settings, _Budget(self.settings))
+        if not budget.fits(call, self, args):
+            _problems[self.graph] = "stateless: fgattn.state_bytes does not hold the masks, however large the groups"
+            return None
+        form = self.forms[stage][budget.level]
         entries = [
-            self._entry(site, args[site.weight], call.branch, shape)
-            for site, shape in zip(self.sites, self._mask_shapes(args), strict=True)
+            self._entry(site, args[site.weight], call.branch, shape, budget.level)
+            for site, shape in zip(form.sites, self.mask_shapes(args, form), strict=True)
         ]
         if any(entry.call is call for entry in entries):
             _problems[self.graph] = "stateless: a layer runs several times in one call of the model"
             return None
         video, step = call.run.video, call.run.index
-        due = any(e.video is not video or is_due(self.settings.refresh, step, e.step) for e in entries)
+        due = any(
+            e.video is not video or e.stage != stage or is_due(self.settings.refresh, step, e.step) for e in entries
+        )
         for entry in entries:
             entry.call = call
             if due:
-                entry.video, entry.step = video, step
+                entry.video, entry.step, entry.stage = video, step, stage
+                entry.refreshes += 1
         _count("refreshed" if due else "reused", len(entries))
-        return [*(entry.mask for entry in entries), *(_flag(device, due) for device in self.devices)]
+        state = [entry.mask for entry in entries]
+        state += [entry.drift for entry in entries if entry.drift is not None]
+        return budget.level, [*state, *(_flag(device, due) for device in form.devices)]
 
-    def _entry(self, site: Any, weight: Tensor, branch: Hashable, shape: tuple[int, ...]) -> _Entry:
-        key = (self.paths[site.index], site.index, self.settings, id(weight), branch)
+    def _entry(self, site: Any, weight: Tensor, branch: Hashable, shape: tuple[int, ...], level: int) -> _Entry:
+        key = (self.paths[site.index], site.index, self.settings, level, id(weight), branch)
         entry = _entries.get(key)
         if entry is not None and entry.weight() is weight and entry.mask.shape == shape:
             entry.graph, entry.site = self.graph, site.index  # a recompiled frame takes over
@@ -124,21 +216,29 @@ class Keeper:
             log.info("%s: %s tokens in place of %s: its mask is made anew", key[0], shape, tuple(entry.mask.shape))
         for dead in [k for k, e in _entries.items() if e.weight() is None]:
             del _entries[dead]
+        device = site.mask.device
         with torch.inference_mode(False):
-            mask = torch.zeros(shape, dtype=torch.int32, device=site.mask.device)
-        _entries[key] = _Entry(TensorWeakRef(weight), mask, self.graph, site.index)
+            mask = torch.zeros(shape, dtype=torch.int32, device=device)
+            drift = None if self.settings.drift is None else torch.zeros(3, dtype=torch.float32, device=device)
+        _entries[key] = _Entry(TensorWeakRef(weight), mask, drift, self.graph, site.index, site.n)
         _count("made", 1)
         return _entries[key]
 
-    def _mask_shapes(self, args: tuple) -> list[tuple[int, ...]]:
-        sizes = tuple(args[i] for i in self._symbols)
-        if sizes not in self._shapes:
+    def sizes(self, args: tuple) -> tuple[int, ...]:
+        """The symbolic sizes of a call."""
+        return tuple(args[i] for i in self._symbols)
+
+    def mask_shapes(self, args: tuple, form: Stateful) -> list[tuple[int, ...]]:
+        """Of each site's mask in one of ``forms``."""
+        sizes = self.sizes(args)
+        key = sizes, id(form)
+        if key not in self._shapes:
             known = dict(zip(self._symbols.values(), map(sympy.Integer, sizes), strict=True))
-            self._shapes[sizes] = [
+            self._shapes[key] = [
                 tuple(x if isinstance(x, int) else int(x.node.expr.xreplace(known)) for x in site.mask.shape)
-                for site in self.sites
+                for site in form.sites
             ]
-        return self._shapes[sizes]
+        return self._shapes[key]
 
     def _say_ambiguous(self, run: Run) -> None:
         """A branch that begins late is not known in its first step; in a second one the inputs do not tell it."""

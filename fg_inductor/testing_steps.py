@@ -15,14 +15,16 @@ from fg_inductor.settings import Settings
 class EagerSchedule:
     """Runs self attention of ``models`` dense, or sparse by ``kernels.reference`` with masks observed now and then.
 
+    It is dense in the first steps, and where a mask is observed.
+
     A model is called ``branches`` times a step, in the same order; steps are counted over all models. Query order is
     that of ``settings.token_grid`` where it is given, else none.
     """
 
     def __init__(self, *models: nn.Module, settings: Settings, steps: int, branches: int = 1):
-        self.models, self.settings, self.branches = models, settings, branches
+        self.models, self.settings, self.steps, self.branches = models, settings, steps, branches
         self.dense = max(1, int(settings.dense_first * steps + 0.5)) if settings.dense_first else 0
-        self.masks: dict[tuple, Tensor] = {}
+        self.masks: dict[tuple, tuple[Tensor, int, Tensor]] = {}  # with the stage, and the mass that they kept at first
         self.calls = self.layer = self.refreshes = 0
         self.model: nn.Module | None = None
 
@@ -60,13 +62,23 @@ class EagerSchedule:
                 key, value = (x[:, :, order.long()] for x in (key, value))
         settings = settings.with_order(False)
         shape = (None, order, query.shape[3] ** -0.5, settings.m, settings.n)
-        if place not in self.masks or self._is_due(step):
-            selection = (settings.reduce, settings.mass, settings.share, settings.max_density)
-            self.masks[place] = reference.observed_mask(query, key, *shape, *selection)
+        stage = sum(step >= int(start * self.steps + 0.5) for start, _ in settings.stages) - 1
+        if place not in self.masks or self._is_due(step, place, stage, query, key, shape):
+            share = settings.stages[stage][1].share
+            selection = (settings.reduce, settings.mass, share, settings.max_density)
+            lse = (query @ key.mT * shape[2]).logsumexp(-1)
+            mask = reference.observed_mask(query, key, lse, *shape, *selection)
+            self.masks[place] = mask, stage, reference.kept_mass(query, key, mask, *shape)
             self.refreshes += 1
-        return reference.attention(query, key, value, self.masks[place], *shape, settings.tail)[0]
+            return self._plain(query, key, value, attn_mask, **kwargs)
+        return reference.attention(query, key, value, self.masks[place][0], *shape, settings.tail)[0]
 
-    def _is_due(self, step: int) -> bool:
+    def _is_due(self, step: int, place: tuple, stage: int, query: Tensor, key: Tensor, shape: tuple) -> bool:
+        mask, stage_of_mask, kept = self.masks[place]
+        if stage != stage_of_mask:
+            return True
         if isinstance(self.settings.refresh, tuple):
             return step in self.settings.refresh
+        if self.settings.drift is not None:
+            return bool(reference.kept_mass(query, key, mask, *shape) < kept - self.settings.drift)
         return (step - self.dense) % int(self.settings.refresh.split()[1]) == 0

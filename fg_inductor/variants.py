@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
 
 from fg_inductor.denoising import current_call
 from fg_inductor.passes.variant import Lazy
@@ -18,46 +19,61 @@ def forget() -> None:
     _said.clear()
 
 
+@dataclass
+class Stage:
+    """The forms of a graph in one stage of the density: without state, and with masks of each size that is kept."""
+
+    sparse: Lazy
+    observed: list[Lazy]
+
+
 class Variants:
     """A compiled graph that attends densely in the first denoising steps, and sparsely after them.
 
-    dense, sparse  compile a form; each is called once, when the form first runs
-    observed       compiles the form with state, if there is one, and ``keeper`` has its masks
-    now            compile all at once: where sizes are symbolic, a form may add guards, which Dynamo no longer collects
-                   when it first runs
+    dense   compiles a form, as all callables here do; each is called once, when the form first runs
+    stages  for each stage of the density: the form without state, and those with, which ``keeper`` has the masks for
+    now     compile all at once: where sizes are symbolic, a form may add guards, which Dynamo no longer collects when
+            it first runs
     """
 
     def __init__(
         self,
         settings: Settings,
         dense: Callable,
-        sparse: Callable,
+        stages: list[tuple[Callable, list[Callable]]],
         now: bool,
-        observed: Callable | None = None,
         keeper: Keeper | None = None,
     ):
         self.settings, self.keeper = settings, keeper
-        self.dense, self.sparse = Lazy(dense), Lazy(sparse)
-        self.observed = observed and Lazy(observed)
-        for form in filter(None, (self.dense, self.sparse, self.observed) if now else (self._likely(),)):
+        self.starts = [start for start, _ in settings.stages]
+        self.dense = Lazy(dense)
+        self.stages = [Stage(Lazy(sparse), [Lazy(form) for form in observed]) for sparse, observed in stages]
+        everything = [self.dense, *(form for stage in self.stages for form in (stage.sparse, *stage.observed))]
+        for form in everything if now else [self._likely()]:
             form.compile()  # while errors still belong to the compilation
 
     def __call__(self, *args):
         call = current_call()
         if call is None:
             say_stateless(self.settings)
-        elif call.run.index < call.run.dense_steps(self.settings.dense_first):
+            return self.stages[0].sparse(*args)
+        if call.run.index < call.run.dense_steps(self.settings.dense_first):
             return self.dense(*args)
-        elif self.keeper and (state := self.keeper.arguments(call, args)):
-            return self.observed(*args, *state)
-        return self.sparse(*args)
+        number = call.run.stage(self.starts)
+        if self.keeper and (found := self.keeper.arguments(call, args, number)):
+            level, state = found
+            return self.stages[number].observed[level](*args, *state)
+        return self.stages[number].sparse(*args)
 
     def _likely(self) -> Lazy:
         """The form that the call which is compiled for will run, but for what its arguments decide."""
         call = current_call()
-        if call and call.run.index < call.run.dense_steps(self.settings.dense_first):
+        if call is None:
+            return self.stages[0].sparse
+        if call.run.index < call.run.dense_steps(self.settings.dense_first):
             return self.dense
-        return self.observed if self.observed and call and call.branch is not None else self.sparse
+        stage = self.stages[call.run.stage(self.starts)]
+        return stage.observed[0] if self.keeper and call.branch is not None else stage.sparse
 
 
 def say_stateless(settings: Settings) -> None:
@@ -68,6 +84,8 @@ def say_stateless(settings: Settings) -> None:
     effects = []
     if settings.dense_first:
         effects.append("'fgattn.dense_first' has no effect")
+    if len(settings.stages) > 1:
+        effects.append(f"'fgattn.density' stays {settings.stages[0][1].density:g}")
     if settings.mask == "observed":
         effects.append("masks are selected anew in each call, as 'pooled' does, not 'observed'")
     log.warning(

@@ -145,20 +145,44 @@ def check_select(
         fail(op, f"alpha={alpha} with density={density}; give a positive alpha, or a density, or neither.")
 
 
+def _check_state(op: str, q: Tensor, mask: Tensor, flag: tuple[str, Tensor], drift: Tensor | None) -> None:
+    """What is kept from step to step, and the flag that says whether it is made anew."""
+    if mask.stride(3) != 1:
+        fail(op, f"the words of a mask row must be contiguous, but mask has strides {mask.stride()}.")
+    name, x = flag
+    if x.dtype != torch.bool or x.dim() != 0 or x.device != q.device:
+        fail(op, f"{name} must be a bool scalar on {q.device}, got {x.dtype} {_shape(x)} on {x.device}.")
+    if drift is not None and (
+        drift.dtype != torch.float32 or _shape(drift) != (3,) or drift.device != q.device or drift.stride() != (1,)
+    ):
+        fail(op, f"drift must be float32 [3] on {q.device}, got {drift.dtype} {_shape(drift)} on {drift.device}.")
+
+
+def check_begin(q, k, mask, key_bias, order, m, n, refresh, drift, bound) -> None:
+    """The arguments of ``begin_observed_``."""
+    op = "begin_observed_"
+    check_tensors(op, q, k, None, key_bias, order)
+    check_slice(op, m, n)
+    check_mask(op, mask, q, k, m, n)
+    _check_state(op, q, mask, ("refresh", refresh), drift)
+    if (drift is None) != (bound is None):
+        fail(op, f"drift and bound={bound} go together; give both or neither.")
+    if bound is not None and not 0 < bound < 1:
+        fail(op, f"bound={bound} is a fall of the kept share of the mass; it must lie between 0 and 1.")
+
+
 def check_observed(
-    q, k, mask, key_bias, order, m, n, reduce, top_p, density, max_density, dense_keys, dense_queries, refresh
+    q, k, lse, mask, key_bias, order, m, n, reduce, top_p, density, max_density, dense_keys, dense_queries, due, drift
 ) -> None:
     """The arguments of ``update_observed_``."""
     op = "update_observed_"
     check_tensors(op, q, k, None, key_bias, order)
     check_slice(op, m, n)
     check_mask(op, mask, q, k, m, n)
+    if lse.dtype != torch.float32 or lse.dim() != 3 or any(map(_differ, lse.shape, q.shape)):
+        fail(op, f"lse must be float32 {_shape(q)[:3]}, as attention returns it, got {lse.dtype} {_shape(lse)}.")
     _check_selection(op, q, top_p, density, max_density, dense_keys, dense_queries, reduce)
-    if refresh.dtype != torch.bool or refresh.dim() != 0 or refresh.device != q.device:
-        fail(
-            op,
-            f"refresh must be a bool scalar on {q.device}, got {refresh.dtype} {_shape(refresh)} on {refresh.device}.",
-        )
+    _check_state(op, q, mask, ("due", due), drift)
 
 
 def joined_density(op: str, density: float | None, head_density) -> float | list[float] | None:

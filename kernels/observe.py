@@ -1,21 +1,26 @@
 """Observed block mask: the exact attention mass of a refresh step, and the best groups by it (portable Triton).
 
-    lse[i]     = log2 of the sum over the keys j of 2^logit[i, j],  logit = log2(e) (scale * q[i] . k[j] + key_bias[j])
     mass[t, g] = sum over the keys j of group g of the sum (or max) over the queries i of slice t of
-                 2^(logit[i, j] - lse[i])
+                 2^(logit[i, j] - lse[i]),  logit = log2(e) (scale * q[i] . k[j] + key_bias[j])
     mask[t]    = the best groups by mass, as ``select_pooled`` chooses them by its estimate
 
 q      [B, Hq, Sq, D]     any strides, contiguous last dimension; k [B, Hkv, Sk, D] likewise
+lse    [B, Hq, Sq]        float32, natural log: what dense attention of this step returned
 order  [Sq]               int32, or None
 bias   [B, Sk]            float32, base 2, -inf where the key is masked; or None
 mass   [B * heads, T, W * 32]   float32 workspace for as many heads at once as fit MASS_BYTES; -1 where masked
 mask   [B, Hq, T, W]      int32, written in place
-refresh  bool scalar      where it is False every program ends at once, and the mask stays as it is
+due    bool scalar        where it is False every program ends at once, and the mask stays as it is
 
-Two launches for each part of the heads. In the first a program holds ROWS queries and reads the keys twice, for lse and
-for the masses: two products for each pair, as dense attention has. The second is ``select_cut``. Nothing
-waits for the device, which on most steps does no more than read the flag. Products are in the dtype of q, the rest is
-float32. Meaning: ``reference.observed_mask``. Measured by ``python -m fg_inductor bench resources``.
+A refresh step attends densely, with every bit of the mask set (``_open``): its result is exact, and with its lse one
+pass over the products is enough for the masses, half of what dense attention computes. Two launches for each part of
+the heads: masses, then ``select_cut``. Nothing waits for the device, which on most steps does no more than read the
+flag.
+
+The loop is kept to a multiply-add, an exponential and an addition for each pair. Keys are rows and queries columns: the
+queries of a slice then lie in the registers of four threads, and their sum takes two shuffles. Products are in the
+dtype of q, the rest is float32. Meaning: ``reference.update_observed``. Measured by ``python -m fg_inductor bench
+resources``.
 """
 
 import math
@@ -33,99 +38,158 @@ LOG2_E = math.log2(math.e)
 
 
 @triton.jit
-def _logits(
-    q, k_ptr, bias_ptr, key, qk_scale, stride_ks, Sk,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+def _open(refresh_ptr, due_ptr, mask_ptr, stride_mb, stride_mh, stride_mt, H, T, W, G, BLOCK: tl.constexpr):
+    """Set every bit of the mask rows that this program has, where ``refresh`` says so; and say so to those behind."""
+    row = tl.program_id(0)
+    due = tl.load(refresh_ptr)
+    if row == 0:
+        tl.store(due_ptr, due)
+    if due == 0:
+        return
+    b, h, t = (row // (H * T)).to(tl.int64), (row // T % H).to(tl.int64), row % T
+    mask_ptr += b * stride_mb + h * stride_mh + t.to(tl.int64) * stride_mt
+    for first in range(0, W, BLOCK):
+        word = first + tl.arange(0, BLOCK)
+        bits = tl.minimum(tl.maximum(G - word * 32, 0), 32)  # groups of the word
+        full = tl.where(bits == 32, -1, (1 << bits) - 1)
+        tl.store(mask_ptr + word, full, mask=word < W)
+
+
+@triton.jit
+def load_keys(
+    k_ptr, bias_ptr, first, stride_ks, Sk,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, KEYS: tl.constexpr, MASKED: tl.constexpr, HAS_BIAS: tl.constexpr,
 ):  # fmt: skip
-    """Scores of the queries q [ROWS, BLOCK_D] against ``key`` [KEYS], base 2; -inf where masked."""
+    """Keys [KEYS, BLOCK_D] from ``first`` on, and their bias [KEYS], base 2; -inf where masked or beyond the last."""
     offs_d = tl.arange(0, BLOCK_D)
-    inside = key < Sk
-    k_ptrs = k_ptr + key.to(tl.int64)[None, :] * stride_ks + offs_d[:, None]
-    kt = tl.load(k_ptrs, mask=inside[None, :] & (offs_d < D)[:, None], other=0.0)
-    s = tl.dot(q, kt, input_precision=PRECISION) * qk_scale
+    key = tl.arange(0, KEYS)
+    inside = key < Sk - first
+    pointers = k_ptr + tl.cast(first, tl.int64) * stride_ks + (key[:, None] * stride_ks + offs_d[None, :])
+    if MASKED:
+        k = tl.load(pointers, mask=inside[:, None] & (offs_d < D)[None, :], other=0.0)
+    elif D == BLOCK_D:
+        k = tl.load(pointers)
+    else:
+        k = tl.load(pointers, mask=(offs_d < D)[None, :], other=0.0)
     if HAS_BIAS:
-        bias = tl.load(bias_ptr + key, mask=inside, other=float("-inf"))
-        inside = bias > float("-inf")
-        s += bias[None, :]
-    return tl.where(inside[None, :], s, float("-inf")), inside
+        bias = tl.load(bias_ptr + first + key, mask=inside, other=float("-inf"))
+    else:
+        bias = tl.where(inside, 0.0, float("-inf"))
+    return k, bias
+
+
+@triton.jit
+def load_queries(
+    q_ptr, order_ptr, b, h, place, stride_qb, stride_qh, stride_qs, Sq,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_ORDER: tl.constexpr,
+):  # fmt: skip
+    """Queries [ROWS, BLOCK_D] at the places ``place`` of the query order, and their rows; the last one again beyond."""
+    row = tl.minimum(place, Sq - 1)
+    if HAS_ORDER:
+        row = tl.load(order_ptr + row)
+    offs_d = tl.arange(0, BLOCK_D)
+    pointers = q_ptr + b * stride_qb + h * stride_qh + (row.to(tl.int64)[:, None] * stride_qs + offs_d[None, :])
+    return tl.load(pointers, mask=(offs_d < D)[None, :], other=0.0), row
+
+
+@triton.jit
+def _larger(a, b):
+    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def _store_masses(
+    qt, lse, k_ptr, bias_ptr, mass_ptr, first, stored, qk_scale, stride_ks, stride_mt, Sk,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SLICES: tl.constexpr, KEYS: tl.constexpr,
+    MASKED: tl.constexpr, HAS_BIAS: tl.constexpr, MAX: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Masses of the groups of the keys from ``first`` on for SLICES slices, whose queries are the columns of qt."""
+    GROUPS: tl.constexpr = KEYS // N
+    k, bias = load_keys(k_ptr, bias_ptr, first, stride_ks, Sk, D, BLOCK_D, KEYS, MASKED, HAS_BIAS)
+    x = tl.dot(k, qt, input_precision=PRECISION) * qk_scale - lse[None, :]
+    if HAS_BIAS:
+        x += bias[:, None]
+    p = tl.exp2(x)  # NaN where the score is NaN or +inf
+    p = tl.reshape(p, [KEYS, SLICES, M])
+    mass = tl.reduce(p, 2, _larger) if MAX else tl.sum(p, 2)
+    if MASKED or HAS_BIAS:
+        there = bias > float("-inf")
+        mass = tl.where(there[:, None], mass, 0.0)
+    mass = tl.sum(tl.reshape(mass, [GROUPS, N, SLICES]), 1)
+    if MASKED or HAS_BIAS:
+        held = tl.max(tl.reshape(there.to(tl.int32), [GROUPS, N]), 1)
+        mass = tl.where((held > 0)[:, None], mass, -1.0)
+    group = first // N + tl.arange(0, GROUPS)
+    slices = tl.arange(0, SLICES)
+    place = mass_ptr + (slices[None, :] * stride_mt + group[:, None])
+    tl.store(place, mass, mask=stored[None, :] & (group < stride_mt)[:, None])
 
 
 @triton.jit
 def _column_mass(
-    refresh_ptr, q_ptr, k_ptr, order_ptr, bias_ptr, mass_ptr,
-    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_bb,
-    first_head, heads, SHARE, Sq, Sk, T, G, W, qk_scale,
+    due_ptr, q_ptr, k_ptr, lse_ptr, order_ptr, bias_ptr, mass_ptr,
+    stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_bb, stride_mt,
+    first_head, heads, Hq, SHARE, Sq, Sk, T, qk_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     HAS_ORDER: tl.constexpr, HAS_BIAS: tl.constexpr, MAX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     SLICES: tl.constexpr = ROWS // M
-    GROUPS: tl.constexpr = KEYS // N
-    if tl.load(refresh_ptr) == 0:
+    if tl.load(due_ptr) == 0:
         return
     b = (tl.program_id(1) // heads).to(tl.int64)
     h = (first_head + tl.program_id(1) % heads).to(tl.int64)
     place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    there = place < Sq
-    row = place
-    if HAS_ORDER:
-        row = tl.load(order_ptr + place, mask=there, other=0)
-    offs_d = tl.arange(0, BLOCK_D)
-    q_ptrs = q_ptr + b * stride_qb + h * stride_qh + row.to(tl.int64)[:, None] * stride_qs + offs_d[None, :]
-    q = tl.load(q_ptrs, mask=there[:, None] & (offs_d < D)[None, :], other=0.0)
+    q, row = load_queries(q_ptr, order_ptr, b, h, place, stride_qb, stride_qh, stride_qs, Sq, D, BLOCK_D, HAS_ORDER)
+    lse = tl.load(lse_ptr + (b * Hq + h) * Sq + row) * 1.4426950408889634
+    # A row without keys has no mass; one behind the last query repeats that, and has no say.
+    lse = tl.where((place < Sq) & (lse != float("-inf")), lse, float("inf"))
     k_ptr += b * stride_kb + (h // SHARE) * stride_kh
     if HAS_BIAS:
         bias_ptr += b * stride_bb
 
-    m_i = tl.full([ROWS], float("-inf"), tl.float32)
-    l_i = tl.zeros([ROWS], tl.float32)
-    for first in range(0, Sk, KEYS):
-        s, _inside = _logits(q, k_ptr, bias_ptr, first + tl.arange(0, KEYS), qk_scale, stride_ks, Sk,
-                             D, BLOCK_D, HAS_BIAS, PRECISION)  # fmt: skip
-        s = tl.where(s == s, s, float("-inf"))  # a NaN score takes no part in the normaliser
-        m_new = tl.maximum(m_i, tl.max(s, 1))
-        m_safe = tl.where(m_new == float("-inf"), 0.0, m_new)
-        p = tl.exp2(s - m_safe[:, None])
-        p = tl.where(p == p, p, 0.0)  # +inf - +inf
-        l_i = l_i * tl.where(m_i == m_new, 1.0, tl.exp2(m_i - m_safe)) + tl.sum(p, 1)
-        m_i = m_new
-    lse = m_i + tl.log2(tl.maximum(l_i, 1.1754944e-38))
-
-    t = tl.program_id(0) * SLICES + tl.arange(0, SLICES)
-    mass_ptr += (tl.program_id(1).to(tl.int64) * T + t)[:, None] * W * 32
-    for first in range(0, Sk, KEYS):
-        s, inside = _logits(q, k_ptr, bias_ptr, first + tl.arange(0, KEYS), qk_scale, stride_ks, Sk,
-                            D, BLOCK_D, HAS_BIAS, PRECISION)  # fmt: skip
-        p = tl.exp2(s - lse[:, None])  # NaN where the score is NaN or +inf
-        p = tl.where((s > float("-inf")) | (s != s), p, 0.0)
-        p = tl.where(there[:, None], p, 0.0)
-        p = tl.reshape(p, [SLICES, M, KEYS])
-        if MAX:
-            mass = tl.max(p, 1)  # drops NaN
-            mass = tl.where(tl.max((p != p).to(tl.int32), 1) > 0, float("nan"), mass)
-        else:
-            mass = tl.sum(p, 1)
-        mass = tl.sum(tl.reshape(mass, [SLICES, GROUPS, N]), 2)
-        if HAS_BIAS:
-            held = tl.max(tl.reshape(inside.to(tl.int32), [GROUPS, N]), 1)
-            mass = tl.where((held == 0)[None, :], -1.0, mass)
-        group = first // N + tl.arange(0, GROUPS)
-        mass = tl.where((group < G)[None, :], mass, -1.0)
-        tl.store(mass_ptr + group[None, :], mass, mask=(t < T)[:, None] & (group < W * 32)[None, :])
-    for first in range(tl.cdiv(Sk, KEYS) * GROUPS, W * 32, GROUPS):
-        group = first + tl.arange(0, GROUPS)
-        nothing = tl.full([SLICES, GROUPS], -1.0, tl.float32)
-        tl.store(mass_ptr + group[None, :], nothing, mask=(t < T)[:, None] & (group < W * 32)[None, :])
+    qt = tl.trans(q)
+    t = tl.program_id(0) * SLICES
+    stored = t + tl.arange(0, SLICES) < T
+    mass_ptr += (tl.program_id(1).to(tl.int64) * T + t) * stride_mt
+    whole = Sk // KEYS * KEYS
+    for first in range(0, whole, KEYS):
+        _store_masses(qt, lse, k_ptr, bias_ptr, mass_ptr, first, stored, qk_scale, stride_ks, stride_mt, Sk,
+                      D, BLOCK_D, M, N, SLICES, KEYS, False, HAS_BIAS, MAX, PRECISION)  # fmt: skip
+    # Up to the padding of the mask words, which is masked.
+    for first in tl.range(whole, stride_mt * N, KEYS, num_stages=1):
+        _store_masses(qt, lse, k_ptr, bias_ptr, mass_ptr, first, stored, qk_scale, stride_ks, stride_mt, Sk,
+                      D, BLOCK_D, M, N, SLICES, KEYS, True, HAS_BIAS, MAX, PRECISION)  # fmt: skip
 
 
-def configuration(dtype: torch.dtype, dim: int) -> dict:
-    """Queries of a program, keys of a step (at least the largest group, 128), warps and stages."""
+def configuration(dtype: torch.dtype, dim: int, n: int) -> dict:
+    """Queries of a program, keys of a step (whole groups), warps and stages of ``_column_mass``.
+
+    For head dims up to 128 two programs share a multiprocessor, so that products of one run beside exponentials of the
+    other: less than 128 registers a thread, 82 KB.
+    """
     large = dim * dtype.itemsize > 256
-    return {"ROWS": 128, "KEYS": 128, "num_warps": 8, "num_stages": 1 if large else 2}
+    return {"ROWS": 128, "KEYS": max(64, n), "num_warps": 8, "num_stages": 1 if large else 3 if n < 128 else 2}
+
+
+def bias_of_keys(key_bias: Tensor | None) -> Tensor | None:
+    """float32 [B, Sk], base 2, -inf where the key is masked."""
+    bias = reference.normalise_key_bias(key_bias, torch.float32)
+    return None if bias is None else bias * LOG2_E
+
+
+def launch_begin(mask: Tensor, keys: int, n: int, refresh: Tensor) -> Tensor:
+    """``refresh`` as a new tensor; where it is True every bit of the mask is set."""
+    B, H, T, W = mask.shape
+    due = torch.empty((), dtype=torch.bool, device=mask.device)
+    block = min(1024, triton.next_power_of_2(W))
+    _open[(B * H * T,)](refresh, due, mask, *mask.stride()[:3], H, T, W, group_count(keys, n), BLOCK=block)
+    return due
 
 
 def launch(
     q: Tensor,
     k: Tensor,
+    lse: Tensor,
     mask: Tensor,
     key_bias: Tensor | None,
     order: Tensor | None,
@@ -138,25 +202,23 @@ def launch(
     max_density: float,
     dense_keys: list[int],
     dense_queries: list[int],
-    refresh: Tensor,
+    due: Tensor,
 ) -> None:
-    """Writes ``mask`` where ``refresh`` says so; arguments as in ``kernels.ops``."""
+    """Writes ``mask`` where ``due`` says so; arguments as in ``kernels.ops``."""
     B, Hq, Sq, D = q.shape
     Sk = k.shape[2]
     T, G, W = slice_count(Sq, m), group_count(Sk, n), word_count(Sk, n)
-    if mask.stride(3) != 1:
-        raise ValueError("update_observed_: the words of a mask row must be contiguous; call mask.contiguous().")
-    bias = reference.normalise_key_bias(key_bias, torch.float32)
-    bias = None if bias is None else bias * LOG2_E
-    config = configuration(q.dtype, D)
+    bias = bias_of_keys(key_bias)
+    config = configuration(q.dtype, D, n)
+    lse = lse.contiguous()
     heads = max(1, min(Hq, MASS_BYTES // (128 * B * T * W)))
     mass = torch.empty(B * heads, T, W * 32, dtype=torch.float32, device=q.device)
     for first in range(0, Hq, heads):
         part = min(heads, Hq - first)
         _column_mass[(triton.cdiv(Sq, config["ROWS"]), B * part)](
-            refresh, q, k, order, bias, mass,
-            *q.stride()[:3], *k.stride()[:3], 0 if bias is None else bias.stride(0),
-            first, part, Hq // k.shape[1], Sq, Sk, T, G, W, scale * LOG2_E,
+            due, q, k, lse, order, bias, mass,
+            *q.stride()[:3], *k.stride()[:3], 0 if bias is None else bias.stride(0), W * 32,
+            first, part, Hq, Hq // k.shape[1], Sq, Sk, T, scale * LOG2_E,
             D=D, BLOCK_D=triton.next_power_of_2(D), M=m, N=n, HAS_ORDER=order is not None, HAS_BIAS=bias is not None,
             MAX=reduce == "max", PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             **config,
@@ -164,5 +226,5 @@ def launch(
         select_cut.launch(
             mass, mask, first, part, G, m, n, Sq, Sk, order,
             top_p if density is None and top_p < 1 else None, max_density if density is None else density,
-            None, 1, bias is not None, dense_keys, dense_queries, refresh,
+            None, 1, bias is not None, dense_keys, dense_queries, due,
         )  # fmt: skip

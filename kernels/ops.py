@@ -12,6 +12,7 @@ from torch import Tensor
 from fg_inductor.kernels import choice, reference
 from fg_inductor.kernels.checks import (
     check_attention,
+    check_begin,
     check_dfs,
     check_observed,
     check_order,
@@ -30,9 +31,11 @@ SCHEMAS = {
     "select_pooled": "(Tensor q, Tensor k, Tensor? key_bias, Tensor? order, float scale, int m, int n, int pool, "
     "float top_p, float? density, float max_density, SymInt[] dense_keys, SymInt[] dense_queries, SymInt min_seq, "
     'str reduce="sum", float? gamma=None, float? alpha=None, float[]? head_density=None) -> Tensor',
-    "update_observed_": "(Tensor q, Tensor k, Tensor(a!) mask, Tensor? key_bias, Tensor? order, float scale, int m, "
-    "int n, str reduce, float top_p, float? density, float max_density, SymInt[] dense_keys, SymInt[] dense_queries, "
-    "SymInt min_seq, Tensor refresh, float[]? head_density=None) -> ()",
+    "begin_observed_": "(Tensor q, Tensor k, Tensor(a!) mask, Tensor? key_bias, Tensor? order, float scale, int m, "
+    "int n, SymInt min_seq, Tensor refresh, Tensor(b!)? drift=None, float? bound=None) -> Tensor",
+    "update_observed_": "(Tensor q, Tensor k, Tensor lse, Tensor(a!) mask, Tensor? key_bias, Tensor? order, "
+    "float scale, int m, int n, str reduce, float top_p, float? density, float max_density, SymInt[] dense_keys, "
+    "SymInt[] dense_queries, SymInt min_seq, Tensor due, Tensor(b!)? drift=None, float[]? head_density=None) -> ()",
     "attention": "(Tensor q, Tensor k, Tensor v, Tensor mask, Tensor? key_bias, Tensor? order, float scale, "
     'int m, int n, str tail, SymInt min_seq, str kernel_name="auto") -> (Tensor out, Tensor lse)',
     "attention_backward": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor mask, "
@@ -157,46 +160,73 @@ for _name, _run, _inputs in (
     torch.library.register_autograd(f"fgattn::{_name}", lambda ctx, grad, inputs=_inputs: (None,) * inputs)
 
 
-# update_observed_
+# begin_observed_, update_observed_: before and behind the attention of a step
 
 
-@torch.library.register_fake("fgattn::update_observed_")
-def _update_observed_fake(
-    q, k, mask, key_bias, order, scale, m, n, reduce, top_p, density, max_density, dense_keys, dense_queries, min_seq,
-    refresh, head_density=None,
-):  # fmt: skip
-    density = joined_density("update_observed_", density, head_density)
-    selection = (reduce, top_p, density, max_density, dense_keys, dense_queries)
-    check_observed(q, k, mask, key_bias, order, m, n, *selection, refresh)
+@torch.library.register_fake("fgattn::begin_observed_")
+def _begin_observed_fake(q, k, mask, key_bias, order, scale, m, n, min_seq, refresh, drift=None, bound=None):
+    check_begin(q, k, mask, key_bias, order, m, n, refresh, drift, bound)
+    return torch.empty_like(refresh)
 
 
-def _update_observed(observe):
-    def run(
-        q, k, mask, key_bias, order, scale, m, n, reduce, top_p, density, max_density, dense_keys, dense_queries,
-        min_seq, refresh, head_density=None,
-    ):  # fmt: skip
-        density = joined_density("update_observed_", density, head_density)
-        selection = (reduce, top_p, density, max_density, list(dense_keys), list(dense_queries))
-        check_observed(q, k, mask, key_bias, order, m, n, *selection, refresh)
-        if min(q.shape[2], k.shape[2]) >= min_seq:  # below it attention is dense, whatever the mask
-            observe(q, k, mask, key_bias, order, scale, m, n, *selection, refresh)
+def _begin_observed(begin):
+    def run(q, k, mask, key_bias, order, scale, m, n, min_seq, refresh, drift=None, bound=None):
+        check_begin(q, k, mask, key_bias, order, m, n, refresh, drift, bound)
+        if min(q.shape[2], k.shape[2]) < min_seq:  # attention is dense, whatever the mask
+            return refresh.clone()
+        return begin(q, k, mask, key_bias, order, scale, m, n, refresh, drift, bound)
 
     return run
 
 
-def _update_observed_cpu(q, k, mask, *rest):
-    *arguments, refresh = rest
-    if refresh:
-        mask.copy_(reference.observed_mask(q, k, *arguments))
-
-
-def _update_observed_cuda(q, k, mask, *rest):
+def _begin_observed_cuda(q, k, mask, key_bias, order, scale, m, n, refresh, drift, bound):
+    from fg_inductor.kernels import drift as drifting
     from fg_inductor.kernels import observe
 
-    observe.launch(*_unit_stride(q, k), mask, *rest)
+    if drift is not None:
+        q, k = _unit_stride(q, k)
+        refresh = drifting.decide(q, k, mask, key_bias, order, scale, m, n, refresh, drift, bound)
+    return observe.launch_begin(mask, k.shape[2], n, refresh)
 
 
-torch.library.impl("fgattn::update_observed_", "CPU", _update_observed(_update_observed_cpu))
+@torch.library.register_fake("fgattn::update_observed_")
+def _update_observed_fake(
+    q, k, lse, mask, key_bias, order, scale, m, n, reduce, top_p, density, max_density, dense_keys, dense_queries,
+    min_seq, due, drift=None, head_density=None,
+):  # fmt: skip
+    density = joined_density("update_observed_", density, head_density)
+    selection = (reduce, top_p, density, max_density, dense_keys, dense_queries)
+    check_observed(q, k, lse, mask, key_bias, order, m, n, *selection, due, drift)
+
+
+def _update_observed(observe):
+    def run(
+        q, k, lse, mask, key_bias, order, scale, m, n, reduce, top_p, density, max_density, dense_keys, dense_queries,
+        min_seq, due, drift=None, head_density=None,
+    ):  # fmt: skip
+        density = joined_density("update_observed_", density, head_density)
+        selection = (reduce, top_p, density, max_density, list(dense_keys), list(dense_queries))
+        check_observed(q, k, lse, mask, key_bias, order, m, n, *selection, due, drift)
+        if min(q.shape[2], k.shape[2]) >= min_seq:
+            observe(q, k, lse, mask, key_bias, order, scale, m, n, *selection, due, drift)
+
+    return run
+
+
+def _update_observed_cuda(q, k, lse, mask, *rest):
+    from fg_inductor.kernels import drift as drifting
+    from fg_inductor.kernels import observe
+
+    *arguments, due, drift = rest
+    q, k = _unit_stride(q, k)
+    observe.launch(q, k, lse, mask, *arguments, due)
+    if drift is not None:
+        drifting.note(q, k, mask, *arguments[:5], due, drift)
+
+
+torch.library.impl("fgattn::begin_observed_", "CPU", _begin_observed(reference.begin_observed))
+torch.library.impl("fgattn::begin_observed_", "CUDA", _begin_observed(_begin_observed_cuda))
+torch.library.impl("fgattn::update_observed_", "CPU", _update_observed(reference.update_observed))
 torch.library.impl("fgattn::update_observed_", "CUDA", _update_observed(_update_observed_cuda))
 
 
@@ -409,11 +439,13 @@ def _register_autocast(name: str, tensors: int, device: str, key: str) -> None:
 for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
     _register_autocast("select_pooled", 2, _device, _key)
     _register_autocast("select_dfs", 2, _device, _key)
+    _register_autocast("begin_observed_", 2, _device, _key)
     _register_autocast("update_observed_", 2, _device, _key)
     _register_autocast("attention", 3, _device, _key)
     _register_autocast("reorder", 1, _device, _key)
 
 select_pooled = torch.ops.fgattn.select_pooled.default
+begin_observed_ = torch.ops.fgattn.begin_observed_.default
 update_observed_ = torch.ops.fgattn.update_observed_.default
 attention = torch.ops.fgattn.attention.default
 query_order = torch.ops.fgattn.query_order.default

@@ -151,20 +151,22 @@ def fake_mode(node: Node):
 
 
 def call(
-    graph: Graph, target, args: tuple, origin: Node, cast: torch.dtype | None = None, memo: dict | None = None, **kwargs
-) -> Node:
+    graph: Graph, target, args: tuple, origin: Node, cast: torch.dtype | None = None, memo: dict | None = None,
+    uncast: tuple = (), **kwargs,
+) -> Node:  # fmt: skip
     """Insert ``target(*args, **kwargs)`` at the insertion point, with its fake value and the metadata of ``origin``.
 
     Without a fake value on every node AOTAutograd's cache is silently off. ``cast`` is the dtype that autocast gives
-    floating-point arguments at this place of the program, where it is on. ``memo`` keeps values for equal calls: all
-    layers of a model make the same, and running a fake takes longer than all else that the pass does for a site.
+    floating-point arguments at this place of the program, where it is on, but for the nodes ``uncast``. ``memo`` keeps
+    values for equal calls: all layers of a model make the same, and running a fake takes longer than all else that the
+    pass does for a site.
     """
     node = graph.call_function(target, args, kwargs)
     node.meta = {key: x for key, x in origin.meta.items() if key in ("nn_module_stack", "stack_trace", "custom")}
 
     def fake(n: Node):
         x = value(n)
-        return x.to(cast) if cast and isinstance(x, Tensor) and x.is_floating_point() else x
+        return x.to(cast) if cast and n not in uncast and isinstance(x, Tensor) and x.is_floating_point() else x
 
     key = next((key for key in VALUE_KEYS if key in origin.meta), VALUE_KEYS[0])
     values, named = map_arg(args, value), map_arg(kwargs, value)

@@ -1,13 +1,16 @@
 """Observed masks: the mask of a site becomes an input of the graph, which the graph updates in place.
 
-    mask = select_pooled(q, k, ...)          update_observed_(q, k, mask, ..., refresh)      mask, refresh: new inputs
-    out  = attention(q, k, v, mask, ...) ->  out = attention(q, k, v, mask, ...)
+    mask = select_pooled(q, k, ...)          due = begin_observed_(q, k, mask, ..., refresh)
+    out, _ = attention(q, k, v, mask, ...) -> out, lse = attention(q, k, v, mask, ...)
+                                             update_observed_(q, k, lse, mask, ..., due)
 
-The state is an argument, so whoever calls the compiled graph owns it: one graph serves all the layers that share its
-code. The inputs are marked as static addresses, so that CUDA graphs update the state where it lies instead of copying
-it. Whether to refresh is a value on the device: no guard, no recompile.
+mask and refresh are new inputs, with ``bound`` also what its drift is told by. The state is an argument, so whoever
+calls the compiled graph owns it: one graph serves all the layers that share its code. The inputs are marked as static
+addresses, so that CUDA graphs update the state where it lies instead of copying it. Whether to refresh is a value on
+the device: no guard, no recompile. Where it is, attention is dense, and its lse is what the masses are made with.
 """
 
+import operator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,13 +35,15 @@ class StateSite:
     index: int
     weight: int
     mask: Tensor  # fake: shape and device
+    n: int  # keys in a group
 
 
 @dataclass
 class Stateful:
     """A graph with state.
 
-    gm       the graph; behind its own inputs it takes the masks of ``sites``, then a flag for each of ``devices``
+    gm       the graph; behind its own inputs it takes the masks of ``sites``, with a bound on drift a float32 [3] for
+             each of them, then a flag for each of ``devices``
     inputs   example inputs for the new ones
     reasons  site index -> why it has no state and selects anew in each call
     """
@@ -50,8 +55,8 @@ class Stateful:
     reasons: dict[int, str] = field(default_factory=dict)
 
 
-def add_state(gm: GraphModule, example_inputs: list[Any]) -> Stateful:
-    """Give the sites of a rewritten graph state, in place."""
+def add_state(gm: GraphModule, example_inputs: list[Any], bound: float | None = None) -> Stateful:
+    """Give the sites of a rewritten graph state, in place. ``bound``: on the fall of the mass that a mask keeps."""
     program, result = Program(gm), Stateful(gm)
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
     found = []
@@ -61,7 +66,7 @@ def add_state(gm: GraphModule, example_inputs: list[Any]) -> Stateful:
             if reason := _refusal(gm, node, weight):
                 result.reasons[index] = reason
             else:
-                result.sites.append(StateSite(index, inputs.index(weight), value(node.args[3])))
+                result.sites.append(StateSite(index, inputs.index(weight), value(node.args[3]), _by_name(node)["n"]))
                 found.append(node)
     last, mode = inputs[-1], detect_fake_mode(example_inputs)
 
@@ -76,25 +81,37 @@ def add_state(gm: GraphModule, example_inputs: list[Any]) -> Stateful:
             result.inputs.append(torch.empty(example.shape, dtype=example.dtype, device=example.device))
         return last
 
+    def new(shape: tuple[int, ...], dtype: torch.dtype, node: Node) -> Tensor:
+        q = value(node.args[0])
+        with q.fake_mode:
+            return torch.empty(shape, dtype=dtype, device=q.device)
+
     masks = [add_input(f"fgattn_mask_{site.index}", site.mask) for site in result.sites]
+    drifts = [None] * len(found)
+    if bound is not None:
+        for i, node in enumerate(found):
+            drifts[i] = add_input(f"fgattn_drift_{result.sites[i].index}", new((3,), torch.float32, node))
     flags = {}
     for node in found:
         device = value(node.args[0]).device
         if device not in flags:
-            with value(node.args[0]).fake_mode:
-                flag = torch.empty((), dtype=torch.bool, device=device)
-            flags[device] = add_input(f"fgattn_refresh_{len(flags)}", flag)
+            flags[device] = add_input(f"fgattn_refresh_{len(flags)}", new((), torch.bool, node))
     result.devices = list(flags)
-    for node, mask in zip(found, masks, strict=True):
-        select = node.args[3]
+    for node, mask, drift in zip(found, masks, drifts, strict=True):
+        select, cast = node.args[3], value(node)[0].dtype
         given = _by_name(select)
-        names = ("scale", "m", "n", "reduce", "top_p", "density", "max_density", "dense_keys", "dense_queries")
-        rest = [given.get(name, "sum" if name == "reduce" else None) for name in names]
-        arguments = (given["q"], given["k"], mask, given["key_bias"], given["order"], *rest, given["min_seq"])
-        by_head = given.get("head_density")
+        q, k, *shape = (given[name] for name in ("q", "k", "key_bias", "order", "scale", "m", "n"))
+        names = ("reduce", "top_p", "density", "max_density", "dense_keys", "dense_queries")
+        selection = [given.get(name, "sum" if name == "reduce" else None) for name in names]
         with gm.graph.inserting_before(select):
             flag = flags[value(node.args[0]).device]
-            call(gm.graph, ops.update_observed_, (*arguments, flag, by_head), node, cast=value(node)[0].dtype)
+            arguments = (q, k, mask, *shape, given["min_seq"], flag, drift, bound)
+            due = call(gm.graph, ops.begin_observed_, arguments, node, cast, uncast=(drift,))
+        with gm.graph.inserting_before(node.next):
+            lse = call(gm.graph, operator.getitem, (node, 1), node)
+            by_head = given.get("head_density")
+            arguments = (q, k, lse, mask, *shape, *selection, given["min_seq"], due, drift, by_head)
+            call(gm.graph, ops.update_observed_, arguments, node, cast, uncast=(lse, drift))
         select.replace_all_uses_with(mask)
         gm.graph.erase_node(select)
     gm.graph.lint()

@@ -1,4 +1,4 @@
-"""Observed masks: the exact mass against dense softmax, the operator, and the portable kernels against the reference.
+"""Observed masks: the exact mass against dense softmax, the operators, and the portable kernels against the reference.
 
 The kernels' products are in the dtype of q, accumulated in float32, so a mask may differ from the exact one in groups
 whose mass lies at the cut, closer to it than plain PyTorch errs in float32; nowhere else.
@@ -56,6 +56,18 @@ def empty_mask(case: Case, device="cpu", value=0):
     return torch.full(shape, value, dtype=torch.int32, device=device)
 
 
+def dense_lse(q, k, bias, scale):
+    """[B, Hq, Sq] in float64: -inf where all keys are masked."""
+    logits = q.double() @ k.double().repeat_interleave(q.shape[1] // k.shape[1], 1).mT * scale
+    bias = reference.normalise_key_bias(bias, torch.float64)
+    logits = (
+        logits
+        if bias is None
+        else (logits + bias[:, None, None]).masked_fill((bias == -math.inf)[:, None, None], -math.inf)
+    )
+    return logits.logsumexp(-1)
+
+
 def dense_mass(q, k, bias, order, scale, m, n, reduce):
     """[B, Hq, T, G] by torch's softmax over whole rows; keys that are masked hold nothing."""
     k = k.repeat_interleave(q.shape[1] // k.shape[1], 1)
@@ -78,7 +90,8 @@ def test_reference_mass(case):
     bias, order, scale, m, n, reduce, *_ = rest
     rows = torch.arange(case.queries) if order is None else order.long()
     bias_row = reference.normalise_key_bias(bias, torch.float64)
-    mass = reference.column_mass(q, k, bias_row, rows, scale, m, n, reduce)
+    lse = dense_lse(q, k, bias, scale)
+    mass = reference.column_mass(q, k, lse, bias_row, rows, scale, m, n, reduce).nan_to_num(0)
     torch.testing.assert_close(mass, dense_mass(q, k, bias, order, scale, m, n, reduce))
 
 
@@ -86,14 +99,16 @@ def test_reference_mass(case):
 def test_reference_in_chunks(case):
     """A slice at a time or all at once: the same bits are chosen."""
     q, k, rest = arguments(case)
-    whole = reference.observed_mask(q, k, *rest)
-    assert torch.equal(reference.observed_mask(q, k, *rest, chunk_elements=1), whole)
+    lse = dense_lse(q, k, rest[0], rest[2])
+    whole = reference.observed_mask(q, k, lse, *rest)
+    assert torch.equal(reference.observed_mask(q, k, lse, *rest, chunk_elements=1), whole)
 
 
 def test_top_p_is_reached_and_no_group_too_many():
     case = CASES[0]
     q, k, rest = arguments(case, torch.float64)
-    keep = unpack(reference.observed_mask(q, k, *rest), group_count(case.keys, case.n))
+    lse = dense_lse(q, k, rest[0], rest[2])
+    keep = unpack(reference.observed_mask(q, k, lse, *rest), group_count(case.keys, case.n))
     mass = dense_mass(q, k, *rest[:6])
     kept = torch.where(keep, mass, 0)
     share = kept.sum(-1) / mass.sum(-1)
@@ -102,28 +117,41 @@ def test_top_p_is_reached_and_no_group_too_many():
     assert (torch.where(keep, mass, math.inf).amin(-1) >= torch.where(keep, 0, mass).amax(-1)).all()
 
 
-# The operator
+# The operators
+
+
+def observe(q, k, mask, rest, refresh, min_seq=0, drift=None, bound=None):
+    """A step: begin, attend, update. Returns what attention gave."""
+    shape, selection = rest[:5], rest[5:]
+    due = ops.begin_observed_(q, k, mask, *shape, min_seq, torch.tensor(refresh, device=q.device), drift, bound)
+    out, lse = ops.attention(q, k, k, mask, *shape, "none", min_seq)
+    reduce, top_p, density, *limits = selection
+    uniform, by_head = (None, density) if isinstance(density, list) else (density, None)
+    ops.update_observed_(q, k, lse, mask, *shape, reduce, top_p, uniform, *limits, min_seq, due, drift, by_head)
+    return out
 
 
 @cases
 def test_refreshes_only_when_told(case, poison):
+    """A step that is not told attends by the mask; one that is told densely, and leaves the mask of its mass."""
     q, k, rest = arguments(case)
+    m, n = rest[3:5]
     mask = empty_mask(case, value=7)
     address = mask.data_ptr()
-    *first, density, most, dense_keys, dense_queries = rest
-    uniform, by_head = (None, density) if isinstance(density, list) else (density, None)
-    given = (q, k, mask, *first, uniform, most, dense_keys, dense_queries, 0)
-    ops.update_observed_(*given, torch.tensor(False), by_head)
+    out = observe(q, k, mask, rest, False)
     assert (mask == 7).all()
-    ops.update_observed_(*given, torch.tensor(True), by_head)
-    assert torch.equal(mask, reference.observed_mask(q, k, *rest))
+    torch.testing.assert_close(out, reference.attention(q, k, k, mask, *rest[:5])[0])
+    out = observe(q, k, mask, rest, True)
+    dense, lse = reference.attention(q, k, k, reference.full_mask(q, k, m, n), *rest[:5])
+    assert torch.equal(out, dense)
+    assert torch.equal(mask, reference.observed_mask(q, k, lse, *rest))
     assert mask.data_ptr() == address
 
 
 def test_below_min_seq_the_mask_stays():
     q, k, rest = arguments(CASES[0])
     mask = empty_mask(CASES[0], value=7)
-    ops.update_observed_(q, k, mask, *rest, 151, torch.tensor(True))
+    observe(q, k, mask, rest, True, min_seq=151)
     assert (mask == 7).all()
 
 
@@ -131,8 +159,8 @@ def test_autocast_takes_the_ambient_dtype():
     q, k, rest = arguments(CASES[0])
     mask, expected = empty_mask(CASES[0]), empty_mask(CASES[0])
     with torch.autocast("cpu", torch.bfloat16):
-        ops.update_observed_(q, k.bfloat16(), mask, *rest, 0, torch.tensor(True))
-    ops.update_observed_(q.bfloat16(), k.bfloat16(), expected, *rest, 0, torch.tensor(True))
+        observe(q, k.bfloat16(), mask, rest, True)
+    observe(q.bfloat16(), k.bfloat16(), expected, rest, True)
     assert torch.equal(mask, expected)
 
 
@@ -142,16 +170,18 @@ def test_is_in_place_in_compiled_code(inner):
     case = CASES[1]
     q, k, rest = arguments(case)
 
-    def run(q, k, mask, refresh):
-        ops.update_observed_(q, k, mask, *rest, 0, refresh)
-        return ops.attention(q, k, k, mask, *rest[:5], "none", 0)[0]
+    def run(q, mask, refresh):
+        due = ops.begin_observed_(q, k, mask, *rest[:5], 0, refresh)
+        out, lse = ops.attention(q, k, k, mask, *rest[:5], "none", 0)
+        ops.update_observed_(q, k, lse, mask, *rest, 0, due)
+        return out
 
     compiled = torch.compile(run, backend=inner, fullgraph=True)
     mask, expected = empty_mask(case), empty_mask(case)
     address = mask.data_ptr()
     for scale, refresh in ((1, True), (-1, False), (2, True)):
-        actual = compiled(scale * q, k, mask, torch.tensor(refresh))
-        torch.testing.assert_close(actual, run(scale * q, k, expected, torch.tensor(refresh)))
+        actual = compiled(scale * q, mask, torch.tensor(refresh))
+        torch.testing.assert_close(actual, run(scale * q, expected, torch.tensor(refresh)))
         assert torch.equal(mask, expected) and mask.data_ptr() == address
     assert mask.any()
 
@@ -164,18 +194,21 @@ def check(case: Case, dtype, device):
 
     q, k, rest = arguments(case, dtype, device)
     bias, order, scale, m, n, reduce, *_ = rest
+    lse = dense_lse(q, k, bias, scale).float()
     mask = empty_mask(case, device, value=-1)
-    observe.launch(q, k, mask, *rest, torch.tensor(True, device=device))
+    observe.launch(q, k, lse, mask, *rest, torch.tensor(True, device=device))
     groups = group_count(case.keys, n)
     assert not unpack(mask, mask.shape[-1] * 32)[..., groups:].any(), "unused bits must be 0"
     keep = unpack(mask, groups)
-    exact_keep = unpack(reference.observed_mask(q.double(), k.double(), *rest), groups)
+    exact_keep = unpack(reference.observed_mask(q.double(), k.double(), lse.double(), *rest), groups)
     mass = dense_mass(q.double(), k.double(), bias, order, scale, m, n, reduce)
     shift = (q.float() @ k.float().repeat_interleave(q.shape[1] // k.shape[1], 1).mT * scale).double()
     shift -= q.double() @ k.double().repeat_interleave(q.shape[1] // k.shape[1], 1).mT * scale
-    # A logit off by x moves a probability by at most the factor exp(2x); a sum rounds once for each halving.
+    # A logit off by x moves a probability by the factor exp(x), and so do both roundings of lse, and of the logit, to
+    # base 2; a sum rounds once for each halving.
     rounding = (8 + (m * n).bit_length()) * torch.finfo(torch.float32).eps
-    budget = 2 * mass * (torch.tensor(2 * shift.abs().max().item()).exp().item() - 1 + rounding)
+    off = shift.abs().max() + 4 * torch.finfo(torch.float32).eps * lse[lse.isfinite()].abs().max()
+    budget = 2 * mass * (off.exp().item() - 1 + rounding)
     assert_differs_at_the_cut_only(keep, exact_keep, mass, budget)
     if case.density is not None and not case.dense_keys:
         assert torch.equal(keep.sum(-1), exact_keep.sum(-1))
@@ -211,16 +244,15 @@ def test_kernels_with_heads_in_chunks(device, poison, monkeypatch):
 @pytest.mark.parametrize("reduce", ["sum", "max"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf], ids=str)
 def test_kernels_keep_what_is_not_finite(value, reduce, device, poison):
-    """A key with a NaN is kept by every slice; a query with one makes its slice keep everything; the rest stays."""
+    """Where the lse of a query is not finite its slice keeps every group with a NaN; the other slices choose."""
     from fg_inductor.kernels import observe
 
     q, k, rest = arguments(replace(CASES[1], n=1, keys=150, reduce=reduce), torch.float32, device)
-    for tensor, place in ((k, (0, 0, 77, 3)), (q, (0, 1, 70, 3))):
-        tensor[place] = value
-        mask = empty_mask(replace(CASES[1], n=1, keys=150), device)
-        observe.launch(q, k, mask, *rest, torch.tensor(True, device=device))
-        assert torch.equal(mask, reference.observed_mask(q, k, *rest))
-        tensor[place] = 0
+    q[0, 1, 70, 3] = value
+    _, lse = reference.attention(q, k, k, reference.full_mask(q, k, rest[3], 1), *rest[:5])
+    mask = empty_mask(replace(CASES[1], n=1, keys=150), device)
+    observe.launch(q, k, lse, mask, *rest, torch.tensor(True, device=device))
+    assert torch.equal(mask, reference.observed_mask(q, k, lse, *rest))
     assert value == torch.inf or unpack(mask, 150)[0, 1, 1].all()
     assert not unpack(mask, 150)[0, 1, 0].all()
 
@@ -231,9 +263,22 @@ def test_kernels_end_at_once_without_a_refresh(device):
     from fg_inductor.kernels import observe
 
     q, k, rest = arguments(CASES[0], torch.float32, device)
-    mask = empty_mask(CASES[0], device, value=7)
-    observe.launch(q.fill_(torch.nan), k, mask, *rest, torch.tensor(False, device=device))
+    mask, told = empty_mask(CASES[0], device, value=7), torch.tensor(False, device=device)
+    assert not observe.launch_begin(mask, CASES[0].keys, CASES[0].n, told)
+    observe.launch(q.fill_(torch.nan), k, q[..., 0], mask, *rest, told)
     assert (mask == 7).all()
+
+
+@kernels
+@cases
+def test_kernels_open_every_group(case, device, poison):
+    """And no unused bit."""
+    from fg_inductor.kernels import observe
+
+    q, k, rest = arguments(case, torch.float32, device)
+    mask = empty_mask(case, device, value=7)
+    assert observe.launch_begin(mask, case.keys, case.n, torch.tensor(True, device=device))
+    assert torch.equal(mask, reference.full_mask(q, k, *rest[3:5]))
 
 
 @pytest.mark.gpu
@@ -241,15 +286,21 @@ def test_captured_by_a_cuda_graph(device):
     """The flag and the inputs are read at replay."""
     q, k, rest = arguments(CASES[0], torch.bfloat16, device)
     mask, refresh = empty_mask(CASES[0], device), torch.tensor(True, device=device)
-    ops.update_observed_(q, k, mask, *rest, 0, refresh)
+
+    def step(mask):
+        due = ops.begin_observed_(q, k, mask, *rest[:5], 0, refresh)
+        _, lse = ops.attention(q, k, k, mask, *rest[:5], "none", 0)
+        ops.update_observed_(q, k, lse, mask, *rest, 0, due)
+
+    step(mask)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        ops.update_observed_(q, k, mask, *rest, 0, refresh)
+        step(mask)
     for told in (True, False):
         mask.fill_(7)
         refresh.fill_(told)
         k.neg_()
         graph.replay()
         expected = empty_mask(CASES[0], device, value=7)
-        ops.update_observed_(q, k, expected, *rest, 0, refresh)
+        step(expected)
         assert torch.equal(mask, expected) and (mask == 7).all() != told

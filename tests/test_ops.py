@@ -53,7 +53,10 @@ def _every_call(case, dtype, wanted):
     attention = q, k, v, mask, key_bias, order, scale, m, n, *_ = _attention_arguments(case, dtype, wanted)
     ranges = {"dense_keys": [0, 3, 17, 20], "dense_queries": [5, 6]}
     select = _select_arguments(q, k, key_bias, order, scale, m, n, density=0.3, **ranges)
-    observed = q, k, mask.clone(), key_bias, order, scale, m, n, "max", 0.8, None, 1.0, *ranges.values(), 0
+    drift = torch.tensor([1.0, 1.0, 3.0])
+    begin = q, k, mask.clone(), key_bias, order, scale, m, n, 0, torch.tensor(False), drift, 0.1
+    lse = torch.randn(q.shape[:3])
+    observed = q, k, lse, mask.clone(), key_bias, order, scale, m, n, "max", 0.8, None, 1.0, *ranges.values(), 0
     by_head = [0.3, 0.1, 0.9, 0.5][: q.shape[1]]
     with torch.no_grad():
         backward = torch.randn_like(q), q, k, v, *ops.attention(*attention), *attention[3:]
@@ -68,7 +71,8 @@ def _every_call(case, dtype, wanted):
         ("select_dfs", ops.select_dfs, (*square, bias, placed, scale, m, n, None, by_head)),
         ("select_static", ops.select_static, (*square, placed, m, n, *rule)),
         ("keep_dense", ops.keep_dense, (mask, order, q.shape[2], k.shape[2], m, n, *ranges.values())),
-        ("update_observed_", ops.update_observed_, (*observed, torch.tensor(True), by_head)),
+        ("begin_observed_", ops.begin_observed_, begin),
+        ("update_observed_", ops.update_observed_, (*observed, torch.tensor(True), drift.clone(), by_head)),
         ("attention", ops.attention, attention),
         ("attention_backward", torch.ops.fgattn.attention_backward.default, backward),
         ("kept_density", ops.kept_density, (mask, key_bias, case.queries, case.keys, m, n)),
@@ -276,8 +280,10 @@ def test_symbolic_sizes_get_no_guard(tail):
         mask = ops.select_pooled(*_select_arguments(q, k, key_bias, order, 0.1, 16, 8, 4096, **ranges))
         refresh = mode.from_tensor(torch.tensor(True))
         selection = ("sum", 0.9, None, 1.0, *ranges.values(), 4096)
-        ops.update_observed_(q, k, mask, key_bias, order, 0.1, 16, 8, *selection, refresh)
-        out, _ = ops.attention(q, k, v, mask, key_bias, order, 0.1, 16, 8, tail, 4096)
+        shape = (key_bias, order, 0.1, 16, 8)
+        due = ops.begin_observed_(q, k, mask, *shape, 4096, refresh, mode.from_tensor(torch.zeros(3)), 0.1)
+        out, lse = ops.attention(q, k, v, mask, *shape, tail, 4096)
+        ops.update_observed_(q, k, lse, mask, *shape, *selection, due)
         dq, *_ = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
         ops.kept_density(mask, key_bias, q.shape[2], k.shape[2], 16, 8)
         ops.query_order(q.shape[0], q.shape[1], q.shape[2], 0, k.shape[2], 16, torch.device("cpu"))
@@ -360,12 +366,23 @@ SELECT_ONLY = {
     "alpha-density": ({"alpha": 0.5, "density": 0.3}, "alpha=0.5 with density=0.3; give a positive alpha, or a dens"),
 }
 POOLED_ONLY = ("pool", "gamma", "alpha", "alpha-density")
-OBSERVED_ONLY = {
+STATE = {
+    "mask": ({"mask": torch.zeros(2, 4, 2, 4).int()}, r"mask has shape \(2, 4, 2, 4\), .* need \(2, 4, 3, 4\)"),
+    "mask-strides": ({"mask": torch.zeros(2, 4, 4, 3).int().mT}, r"words of a mask row must be contiguous, .* 1, 3\)"),
+    "drift": ({"drift": torch.zeros(2)}, r"drift must be float32 \[3\] on cpu, got torch.float32 \(2,\)"),
+}
+BEGIN_ONLY = {
     "refresh-number": ({"refresh": torch.tensor(1)}, r"refresh must be a bool scalar .*, got torch.int64 \(\)"),
     "refresh-vector": ({"refresh": torch.ones(2).bool()}, r"refresh must be a bool scalar on cpu, got .* \(2,\)"),
     "refresh-device": ({"refresh": torch.tensor(True, device="meta")}, "refresh must be a bool scalar .* on meta"),
-    "mask": ({"mask": torch.zeros(2, 4, 2, 4).int()}, r"mask has shape \(2, 4, 2, 4\), .* need \(2, 4, 3, 4\)"),
-}  # fmt: skip
+    "drift-alone": ({"bound": None}, "drift and bound=None go together; give both or neither"),
+    "bound": ({"bound": 1.5}, "bound=1.5 is a fall of the kept share of the mass; it must lie between 0 and 1"),
+}
+OBSERVED_ONLY = {
+    "due": ({"due": torch.tensor(1)}, r"due must be a bool scalar .*, got torch.int64 \(\)"),
+    "lse-dtype": ({"lse": torch.zeros(2, 4, 40).double()}, r"lse must be float32 \(2, 4, 40\), .*got torch.float64"),
+    "lse-heads": ({"lse": torch.zeros(2, 2, 40)}, r"lse must be .* got torch.float32 \(2, 2, 40\)"),
+}
 ATTENTION_ONLY = {
     "tail": ({"tail": "mean"}, r"tail='mean'; choose one of \('none', 'pooled'\)"),
     "kernel": ({"kernel_name": "triton"}, r"kernel_name='triton'; choose one of \('auto', 'portable', 'hopper'\)"),
@@ -392,9 +409,14 @@ def _bad_call(op, changes):
         usual = {"pool": 16, "top_p": 0.9, "density": None, "max_density": 1.0, "dense_keys": [], "dense_queries": []}
         usual |= {"reduce": "sum", "gamma": None, "alpha": None, "head_density": None}
         tensors.pop("v")
+    elif op is ops.begin_observed_:
+        usual = {"mask": torch.zeros(2, 4, 3, 4).int(), "refresh": torch.tensor(True)}
+        usual |= {"drift": torch.zeros(3), "bound": 0.1}
+        tensors.pop("v")
     elif op is ops.update_observed_:
         usual = {"reduce": "sum", "top_p": 0.9, "density": None, "max_density": 1.0, "dense_keys": []}
-        usual |= {"dense_queries": [], "refresh": torch.tensor(True), "mask": torch.zeros(2, 4, 3, 4).int()}
+        usual |= {"dense_queries": [], "due": torch.tensor(True), "mask": torch.zeros(2, 4, 3, 4).int()}
+        usual |= {"lse": torch.zeros(tensors["q"].shape[:3]), "drift": torch.zeros(3)}
         usual |= {"head_density": None}
         tensors.pop("v")
     else:
@@ -407,7 +429,11 @@ ERRORS = [
     pytest.param(op, *row, id=f"{op._opname}-{name}")
     for op, tables in (
         (ops.select_pooled, (BOTH, SELECT_ONLY)),
-        (ops.update_observed_, (BOTH, {k: v for k, v in SELECT_ONLY.items() if k not in POOLED_ONLY}, OBSERVED_ONLY)),
+        (ops.begin_observed_, (BOTH, STATE, BEGIN_ONLY)),
+        (
+            ops.update_observed_,
+            (BOTH, {k: v for k, v in SELECT_ONLY.items() if k not in POOLED_ONLY}, STATE, OBSERVED_ONLY),
+        ),
         (ops.attention, (BOTH, ATTENTION_ONLY)),
     )
     for table in tables
@@ -422,7 +448,7 @@ def test_error(op, changes, message):
 
 
 def test_good_calls_raise_nothing():
-    for op in (ops.select_pooled, ops.update_observed_, ops.attention):
+    for op in (ops.select_pooled, ops.begin_observed_, ops.update_observed_, ops.attention):
         _bad_call(op, {})
 
 

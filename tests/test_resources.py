@@ -29,6 +29,14 @@ def test_matrix_work_runs_on_hoppers_tensor_cores(rows):
             assert (row["HMMA"] if small else row["HGMMA"]) > 0, variant
 
 
+def test_exact_masses_run_two_programs_a_multiprocessor(rows):
+    """Products of one beside exponentials of the other: 65,536 registers and 227 KB for two of 256 threads."""
+    for (kernel, variant), row in rows.items():
+        if kernel == "_column_mass" and "x128 " not in variant and "D 256" not in variant:
+            assert row["HGMMA"] > 0 and row["HMMA"] == 0, variant
+            assert row["registers"] <= 128 and row["shared"] <= 113 * 1024, variant
+
+
 def test_backward_runs_on_hoppers_tensor_cores(rows):
     """All five products where a slice has 64 queries or more, dk and dv of smaller ones; D 256 by keys does without."""
     for (kernel, variant), row in rows.items():

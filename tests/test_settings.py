@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from fg_inductor.settings import Settings, StaticMask, options_table
+from fg_inductor.settings import Schedule, Settings, StaticMask, options_table
 
 ACCEPTED = [
     ("density", 1, 1.0),
@@ -23,6 +23,9 @@ ACCEPTED = [
     ("refresh", "every 16", "every 16"),
     ("refresh", [9, np.int64(3), 3], (3, 9)),
     ("refresh", (), ()),
+    ("refresh", "drift .050", "drift 0.05"),
+    ("density", {0.5: 0.2, 0: 0.3}, Schedule(((0.0, 0.3), (0.5, 0.2)))),
+    ("state_bytes", np.int64(10**9), 10**9),
     ("mask", "observed", "observed"),
     ("tail", "pooled", "pooled"),
     ("kernel", "hopper", "hopper"),
@@ -72,8 +75,14 @@ REFUSED = [
     ("fgattn.alpha", True, "must be a positive number or None; got True"),
     ("fgattn.strict", 1, "must be True or False; got 1"),
     ("fgattn.dense_first", -0.1, "'fgattn.dense_first' must be a number in [0, 1]; got -0.1"),
-    ("fgattn.refresh", "every", "must be 'every N', N a number of steps, or a list of steps"),
-    ("fgattn.refresh", "every 0", "must be 'every N', N a number of steps, or a list of steps"),
+    ("fgattn.refresh", "every", "must be 'every N', N a number of steps; 'drift X'"),
+    ("fgattn.refresh", "every 0", "must be 'every N', N a number of steps; 'drift X'"),
+    ("fgattn.refresh", "drift 0", "'drift X', X a fall of the kept mass between 0 and 1; or a list"),
+    ("fgattn.refresh", "drift 5", "got 'drift 5'"),
+    ("fgattn.density", {0.5: 0.2}, "must begin at 0 and end before 1, as {0: 0.3, 0.5: 0.2}"),
+    ("fgattn.density", {0: 0.3, 1: 0.2}, "must begin at 0 and end before 1"),
+    ("fgattn.density", {0: 3}, "must be a number in (0, 1]"),
+    ("fgattn.state_bytes", 0, "must be a number of bytes, 1 or more, or None; got 0"),
     ("fgattn.refresh", [1, -1], "a list of steps, the first of which is 0; got [1, -1]"),
     ("fgattn.refresh", 8, "got 8"),
     ("fgattn.dense_first", True, "'fgattn.dense_first' must be a number in [0, 1]; got True"),

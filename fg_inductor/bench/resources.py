@@ -25,6 +25,7 @@ from fg_inductor.kernels import (
     attention_forward,
     attention_forward_hopper,
     column_lists,
+    drift,
     group_means,
     observe,
     select_cut,
@@ -37,13 +38,13 @@ POINTERS = {
     "lists_ptr": "*i32", "work_ptr": "*i32", "keys_ptr": "*i32", "clean_keys_ptr": "*i32", "clean_ptr": "*i32",
     "mixed_ptr": "*i32", "order_ptr": "*i32", "mask_ptr": "*i32", "limit_ptr": "*i32", "counts_ptr": "*i32",
     "lse_ptr": "*fp32", "bias_ptr": "*fp32", "score_ptr": "*fp16", "row_ptr": "*i32", "tail_bias_ptr": "*fp32",
-    "refresh_ptr": "*i1", "mass_ptr": "*fp32",
+    "refresh_ptr": "*i1", "due_ptr": "*i1", "flag_ptr": "*i1", "mass_ptr": "*fp32", "part_ptr": "*fp32",
     "group_keys_ptr": "*fp32", "block_keys_ptr": "*fp32", "block_bias_ptr": "*fp32",
     "statistics_ptr": "*fp32", "dk_sum_ptr": "*fp32", "dv_sum_ptr": "*fp32", "dtail_k_ptr": "*fp32",
     "dtail_v_ptr": "*fp32",
 }  # fmt: skip
 TUPLES = {"shares": ("fp32",) * 3}
-FLOATS = ("scale", "qk_scale", "last_bias", "top_p", "alpha", "gamma")
+FLOATS = ("scale", "qk_scale", "last_bias", "top_p", "alpha", "gamma", "bound")
 
 
 def compile_for_hopper(kernel, constants: dict, **options):
@@ -163,13 +164,21 @@ def backward_by_keys(m: int, n: int, d: int) -> dict:
 
 def observing(m: int, n: int, d: int, *, bias=False, order=False, reduce="sum") -> dict:
     """``observe._column_mass`` as its launcher configures it."""
-    config = observe.configuration(torch.bfloat16, d)
-    warps, stages = config.pop("num_warps"), config.pop("num_stages")
+    config = observe.configuration(torch.bfloat16, d, n)
+    options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
     constants = dict(D=d, BLOCK_D=triton.next_power_of_2(d), M=m, N=n, PRECISION="tf32", MAX=reduce == "max", **config)
     constants |= dict(HAS_BIAS=bias, HAS_ORDER=order)
     constants |= {name: None for name, there in {"bias_ptr": bias, "order_ptr": order}.items() if not there}
     flags = "".join(f" {name}" for name, on in (("bias", bias), ("order", order), ("max", reduce == "max")) if on)
-    return resources(observe._column_mass, f"{m}x{n} D {d}{flags}", constants, num_warps=warps, num_stages=stages)
+    return resources(observe._column_mass, f"{m}x{n} D {d}{flags}", constants, **options)
+
+
+def sampling(n: int, d: int) -> dict:
+    """``drift._sample`` as its launcher configures it."""
+    options = drift.configuration(torch.bfloat16, d)
+    constants = dict(D=d, BLOCK_D=triton.next_power_of_2(d), M=128, N=n, PRECISION="tf32", UNLESS=1)
+    constants |= dict(SAMPLES=drift.SAMPLES, KEYS=drift.KEYS, HAS_BIAS=False, HAS_ORDER=True, bias_ptr=None)
+    return resources(drift._sample, f"128x{n} D {d} order", constants, **options)
 
 
 def table() -> list[dict]:
@@ -197,6 +206,7 @@ def table() -> list[dict]:
     )
     order = dict(BLOCK=work_order.BLOCK, BLOCK_H=16, BLOCK_X=256)
     rows.append(resources(work_order._work_order, "", order, num_warps=4))
+    rows += [sampling(8, 128), sampling(1, 128)]
     rows += [observing(128, 8, 128), observing(128, 1, 128), observing(32, 8, 128), observing(128, 8, 64)]
     rows += [observing(128, 8, 128, bias=True, order=True, reduce="max"), observing(128, 128, 256)]
     means = dict(D=128, BLOCK_D=128, POOL=16, BLOCK_R=8, N=8, BLOCK_G=16)
