@@ -20,6 +20,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from fg_inductor.bench.common import save, show
 from fg_inductor.kernels import (
+    attention_backward_hopper,
     attention_backward_keys,
     attention_backward_slices,
     attention_forward,
@@ -151,6 +152,22 @@ def backward_by_slices(m: int, n: int, d: int, *, bias=False, order=False, tail=
     return resources(attention_backward_slices._attention_bwd_slices, variant, constants, num_warps=warps)
 
 
+def backward_hopper(m: int, n: int, d: int, *, bias=False, order=False, tail=False, sums=True) -> dict:
+    """``attention_backward_hopper`` as its launcher configures it; without ``sums`` for dq alone."""
+    config = attention_backward_hopper.configuration(d, m)
+    registers = config.pop("maxnreg")
+    constants = dict(D=d, BLOCK_D=triton.next_power_of_2(d), N=n, WIDE=False, **config)
+    constants |= dict(HAS_BIAS=bias, HAS_ORDER=order, TAIL=tail, WANT_Q=True, WANT_K=sums, WANT_V=sums)
+    absent = {"bias_ptr": bias, "order_ptr": order, "dk_sum_ptr": sums, "dv_sum_ptr": sums}
+    absent |= dict.fromkeys(("tail_k_ptr", "tail_v_ptr", "tail_bias_ptr"), tail)
+    absent |= dict.fromkeys(("dtail_k_ptr", "dtail_v_ptr"), tail and sums)
+    constants |= {name: None for name, there in absent.items() if not there}
+    flags = "".join(f" {name}" for name, on in (("bias", bias), ("order", order), ("tail", tail)) if on)
+    variant = f"{m}x{n} D {d}{flags}{'' if sums else ' dq'}"
+    kernel = attention_backward_hopper._attention_bwd_hopper
+    return resources(kernel, variant, constants, num_warps=4, maxnreg=registers)
+
+
 def backward_by_keys(m: int, n: int, d: int) -> dict:
     """``attention_backward_keys`` as its launcher configures it."""
     config = attention_backward_keys.configuration(torch.bfloat16, d, m)
@@ -184,6 +201,9 @@ def table() -> list[dict]:
     rows += [backward_by_keys(128, 64, 128), backward_by_keys(128, 8, 128), backward_by_keys(128, 128, 256)]
     rows += [hopper(128, 1, 128), hopper(64, 8, 128), hopper(16, 8, 128), hopper(128, 8, 64), hopper(128, 8, 96)]
     rows += [hopper(128, 8, 128, bias=True), hopper(128, 8, 128, order=True, tail=True)]
+    rows += [backward_hopper(128, 1, 128), backward_hopper(64, 8, 128), backward_hopper(128, 8, 96)]
+    rows += [backward_hopper(128, 8, 128, bias=True), backward_hopper(128, 8, 128, order=True, tail=True)]
+    rows.append(backward_hopper(128, 64, 128, sums=False))
     lists = dict(N=8, SUB=1, BLOCK=column_lists.BLOCK, BLOCK_W=128, SUMMARY=128, TAIL=False, HAS_BIAS=False)
     absent = dict.fromkeys(("clean_ptr", "mixed_ptr", "group_keys_ptr", "block_keys_ptr", "block_bias_ptr"))
     rows.append(resources(column_lists._column_lists, "N 8", lists | absent | {"tail_bias_ptr": None}))
