@@ -1,6 +1,6 @@
 """Gradients of attention by slices, for Hopper (Gluon): what ``attention_backward_slices`` computes.
 
-    p[j, i]  = exp2(scale * log2(e) * (k[j] . q[i] - lse'[i]) + bias[j])         for the kept keys j of the slice of i
+    p[j, i]  = exp2(scale * log2(e) * (k[j] . q[i] - lse'[i]) + bias[j] - level)    for the kept keys j of i's slice
     ds[j, i] = p[j, i] * (v[j] . dout[i] - delta[i])
     dv_sum[j] += sum_i p[j, i] * dout[i]    dk_sum[j] += sum_i ds[j, i] * q[i]    dq[i] = scale * sum_j ds[j, i] * k[j]
 
@@ -12,8 +12,9 @@ A CTA works on one slice at a time, of M = 64 CONSUMERS queries, and BLOCK_N = 6
 producer, gathers the listed rows of K and V as in the forward kernel. Each of the others, a consumer, holds 64 of the
 keys: scores and ds are products of its keys with all queries, keys x queries, so that it makes dv and dk of its keys
 alone, p never leaves its registers, and ds is read from shared memory as it is for dk and transposed for dq. Of dq each
-consumer holds 64 queries, over all keys, while the slice lasts. The products start at -lse' and -delta (lse' is lse
-over scale * log2(e)): subtracted afterwards both would cost registers that there are none of.
+consumer holds 64 queries, over all keys, while the slice lasts. The products start at -lse' and -delta: subtracted
+afterwards both would cost registers that there are none of. (lse' is lse less ``level``, that of the slice's first
+query where there is a bias, over scale * log2(e).)
 
 dv and dk go to the sums by float32 atomics of 16 bytes, in an order that is not fixed. They are made while the tensor
 cores work: for the other consumer, on dq (EARLY: begun before dv is added, else beside dk), and on the scores of the
@@ -28,7 +29,7 @@ next tile.
     v_full      unit u            producer threads, 64 rows of V copied   its consumer
     v_empty     unit u            its consumer, v . dout done             producer, before unit u + V_STAGES CONSUMERS
     ds_full     tile t            consumers, ds stored                    consumers, before dq
-    ds_empty    tile t            consumers, dq of the tile done          consumers, before they store ds of tile t + 1
+    ds_empty    tile t            consumers, dq of the tile done          consumers, before tile t + 1 of V
 
 Unit u is the rows of consumer u % CONSUMERS in tile u // CONSUMERS; tiles are numbered over all slices of a CTA. A wait
 for the n-th phase of a buffer's barrier is a wait for parity n & 1.
@@ -81,6 +82,7 @@ def _attention_bwd_hopper(
     v_bufs = gl.allocate_shared_memory(dtype, [V_STAGES * CONSUMERS, 64, BLOCK_D], swizzled)
     ds_bufs = gl.allocate_shared_memory(dtype, [CONSUMERS, 64, M], swizzled)
     statistics_buf = gl.allocate_shared_memory(gl.float32, [2, M], plain)
+    level_buf = gl.allocate_shared_memory(gl.float32, [1], plain)
     entry_bufs = gl.allocate_shared_memory(gl.int32, [K_STAGES * CONSUMERS, 64], plain)
     k_full = gl.allocate_shared_memory(gl.int64, [K_STAGES * CONSUMERS, 1], barrier)
     k_empty = gl.allocate_shared_memory(gl.int64, [K_STAGES * CONSUMERS, 1], barrier)
@@ -104,7 +106,7 @@ def _attention_bwd_hopper(
     mbarrier.init(ds_empty, count=CONSUMERS)
     mbarrier.init(place_full, count=1)
 
-    q_side = (q_bufs, dout_bufs, statistics_buf, q_full, q_empty, place_buf, place_full)
+    q_side = (q_bufs, dout_bufs, statistics_buf, level_buf, q_full, q_empty, place_buf, place_full)
     buffers = (k_bufs, v_bufs, entry_bufs, ds_bufs)
     bars = (k_full, k_empty, v_full, v_empty)
     ds_side = (ds_full, ds_empty)
@@ -171,7 +173,7 @@ def configuration(d: int, m: int) -> dict:
         tile = {"CONSUMERS": 1, "K_STAGES": 2, "V_STAGES": 2, "EARLY": True}
         return tile | {"PRODUCER_WARPS": 4, "CONSUMER_REGISTERS": 0, "PRODUCER_REGISTERS": 48, "maxnreg": 128}
     tile = {"CONSUMERS": 2, "K_STAGES": 2, "V_STAGES": 2, "EARLY": True}
-    return tile | {"PRODUCER_WARPS": 4, "CONSUMER_REGISTERS": 224, "PRODUCER_REGISTERS": 56, "maxnreg": 168}
+    return tile | {"PRODUCER_WARPS": 4, "CONSUMER_REGISTERS": 224, "PRODUCER_REGISTERS": 48, "maxnreg": 168}
 
 
 def refusal(q: Tensor, scale: float, m: int) -> str | None:

@@ -129,7 +129,7 @@ def _free(k_empty, ds_empty, tile, CONSUMERS: gl.constexpr, K_STAGES: gl.constex
 
 @gluon.jit
 def _step(
-    wg: gl.constexpr, q_side, buffers, bars, ds_side, tile, j, s, dq, index, keys, listed, total, qk_scale,
+    wg: gl.constexpr, q_side, buffers, bars, ds_side, tile, j, s, dq, index, keys, listed, total, qk_scale, level,
     bias_ptr, tail_bias_ptr, sums, tail_sums, J,
     D: gl.constexpr, N: gl.constexpr, CONSUMERS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     HAS_BIAS: gl.constexpr, TAIL: gl.constexpr, WANT_Q: gl.constexpr, WANT_K: gl.constexpr, WANT_V: gl.constexpr,
@@ -137,7 +137,7 @@ def _step(
     layout: gl.constexpr, out_layout: gl.constexpr,
 ):  # fmt: skip
     """Tile j of keys, whose scores are s. Returns the scores of the tile to come and dq."""
-    q_bufs, dout_bufs, statistics_buf, _, _, _, _ = q_side
+    q_bufs, dout_bufs, statistics_buf, _, _, _, _, _ = q_side
     k_bufs, v_bufs, entry_bufs, ds_bufs = buffers
     k_full, k_empty, v_full, v_empty = bars
     ds_full, ds_empty = ds_side
@@ -154,6 +154,8 @@ def _step(
     stage = tile % V_STAGES * CONSUMERS + wg
     entry_buf = entry_bufs.index(tile % K_STAGES * CONSUMERS + wg)
     if DS:
+        # Long past, in general. Waited for where ds is stored, it would cost registers: p is not packed across it.
+        mbarrier.wait(ds_empty, (tile & 1) ^ 1)
         mbarrier.wait(v_full.index(stage), (tile // V_STAGES) & 1)
         fence_async_shared()
         dp = statistics_buf.index(1).load(columns)[None, :] + gl.zeros([64, BLOCK_N], gl.float32, layout)
@@ -164,12 +166,15 @@ def _step(
             wg, entry_buf, j, index, keys, listed, bias_ptr, tail_bias_ptr, J, N, BLOCK_N, HAS_BIAS, TAIL, True,
             gl.SliceLayout(1, layout),
         )  # fmt: skip
+        if HAS_BIAS:
+            shift -= level
         p = gl.exp2(s * qk_scale + shift[:, None])
         p = gl.where(used[:, None], p, 0.0)
+    elif HAS_BIAS:
+        p = gl.exp2(s * qk_scale - level)
     else:
         p = gl.exp2(s * qk_scale)
     if DS:
-        mbarrier.wait(ds_empty, (tile & 1) ^ 1)
         dp = warpgroup_mma_wait(0, deps=(dp,))
         ds_bufs.index(wg).store((p * dp).to(dtype))
         # Stores go through the generic proxy, too.
@@ -232,7 +237,7 @@ def consumer(
     WANT_Q: gl.constexpr, WANT_K: gl.constexpr, WANT_V: gl.constexpr, EARLY: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup ``wg``: 64 keys of each tile for their dk and dv, 64 queries for their dq."""
-    q_bufs, _, statistics_buf, q_full, q_empty, place_buf, place_full = q_side
+    q_bufs, _, statistics_buf, level_buf, q_full, q_empty, place_buf, place_full = q_side
     k_bufs, _, _, _ = buffers
     k_full, _, _, _ = bars
     work_ptr, bias_ptr, order_ptr, tail_bias_ptr = tensors
@@ -263,6 +268,9 @@ def consumer(
         if TAIL and WANT_V:
             tail_dv_ptr += head * J * D
         sums, tail_sums = (dk_ptr, dv_ptr), (tail_dk_ptr, tail_dv_ptr)
+        level = 0.0
+        if HAS_BIAS:
+            level = gl.sum(level_buf.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
         dq = gl.zeros([64, BLOCK_D], gl.float32, out_layout)
         mbarrier.wait(q_full, i & 1)
         s = _scores(wg, k_bufs, k_full, q_bufs.index(0), statistics_buf, tile, CONSUMERS, K_STAGES, layout)
@@ -270,14 +278,14 @@ def consumer(
         full = gl.minimum(full, total - 1)
         for j in range(0, full):
             s, dq = _step(
-                wg, q_side, buffers, bars, ds_side, tile + j, j, s, dq, index, keys, listed, total, qk_scale,
+                wg, q_side, buffers, bars, ds_side, tile + j, j, s, dq, index, keys, listed, total, qk_scale, level,
                 entry_bias_ptr, tail_bias_ptr, sums, tail_sums, J,
                 D, N, CONSUMERS, K_STAGES, V_STAGES, HAS_BIAS, TAIL, WANT_Q, WANT_K, WANT_V, EARLY, False,
                 layout, out_layout,
             )  # fmt: skip
         for j in range(full, total):
             s, dq = _step(
-                wg, q_side, buffers, bars, ds_side, tile + j, j, s, dq, index, keys, listed, total, qk_scale,
+                wg, q_side, buffers, bars, ds_side, tile + j, j, s, dq, index, keys, listed, total, qk_scale, level,
                 entry_bias_ptr, tail_bias_ptr, sums, tail_sums, J,
                 D, N, CONSUMERS, K_STAGES, V_STAGES, HAS_BIAS, TAIL, WANT_Q, WANT_K, WANT_V, False, True,
                 layout, out_layout,

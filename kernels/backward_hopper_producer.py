@@ -65,6 +65,16 @@ def _gather_unit(
 
 
 @gluon.jit
+def _level(statistics_ptr, order_ptr, first, HAS_ORDER: gl.constexpr):
+    """lse of a slice's first query (base 2), 0 where it is not finite: about where those of the slice lie."""
+    token = first
+    if HAS_ORDER:
+        token = gl.load(order_ptr + first)
+    lse = gl.load(statistics_ptr + 2 * token)
+    return gl.where(gl.abs(lse) < float("inf"), lse, 0.0)
+
+
+@gluon.jit
 def producer(
     q_side, buffers, bars, tensors, inputs, sizes, q_strides, k_strides, v_strides, dout_strides, qk_scale,
     WIDE: gl.constexpr, WARPS: gl.constexpr,
@@ -73,7 +83,7 @@ def producer(
     WANT_Q: gl.constexpr, WANT_K: gl.constexpr, WANT_V: gl.constexpr,
 ):  # fmt: skip
     """The producer warpgroup: every copy into shared memory."""
-    q_bufs, dout_bufs, statistics_buf, q_full, q_empty, place_buf, place_full = q_side
+    q_bufs, dout_bufs, statistics_buf, level_buf, q_full, q_empty, place_buf, place_full = q_side
     work_ptr, lists_ptr, bias_ptr, order_ptr, tail_k_ptr, tail_v_ptr, statistics_ptr = tensors
     q_ptr, k_ptr, v_ptr, dout_ptr = inputs
     first_head, heads, SHARE, Hq, Hkv, Sq, X, G, J, ITEMS, stride_bb = sizes
@@ -121,11 +131,16 @@ def producer(
         token = row
         if HAS_ORDER:
             token = gl.load(order_ptr + row, mask=inside, other=0)
-        pair = statistics_ptr + ((b * Hq + h) * Sq + token) * 2
+        statistics = statistics_ptr + (b * Hq + h) * Sq * 2
         # What the products begin with. Rows past the end have weight 0.
-        lse = gl.load(pair, mask=inside, other=float("inf"))
+        lse = gl.load(statistics + 2 * token, mask=inside, other=float("inf"))
+        if HAS_BIAS:
+            # What a large bias adds to scores and lse would cost digits in the product, which doesn't know the bias.
+            level = _level(statistics, order_ptr, first, HAS_ORDER)
+            lse -= level
+            level_buf.store(gl.full([1], level, gl.float32, flat))
         statistics_buf.index(0).store(-lse / qk_scale)
-        statistics_buf.index(1).store(-gl.load(pair + 1, mask=inside, other=0.0))
+        statistics_buf.index(1).store(-gl.load(statistics + 2 * token + 1, mask=inside, other=0.0))
         place_buf.store(gl.full([1], place, gl.int32, flat))
         mbarrier.arrive(place_full, count=1)
 

@@ -3,7 +3,7 @@
     python -m fg_inductor bench resources
 
 Registers and stack of a thread, shared memory of a program, and what its hottest loop holds: tensor-core instructions
-(HGMMA: Hopper's own; HMMA: the older), 16-byte asynchronous copies, and loads from spilled registers.
+(HGMMA: Hopper's own; HMMA: the older), waits for them, 16-byte asynchronous copies, and loads from spilled registers.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from fg_inductor.kernels import (
     work_order,
 )
 
-COLUMNS = ["kernel", "variant", "registers", "stack", "shared", "HGMMA", "HMMA", "copies", "spill loads"]
+COLUMNS = ["kernel", "variant", "registers", "stack", "shared", "HGMMA", "HMMA", "waits", "copies", "spill loads"]
 POINTERS = {
     "lists_ptr": "*i32", "work_ptr": "*i32", "keys_ptr": "*i32", "clean_keys_ptr": "*i32", "clean_ptr": "*i32",
     "mixed_ptr": "*i32", "order_ptr": "*i32", "mask_ptr": "*i32", "limit_ptr": "*i32", "counts_ptr": "*i32",
@@ -107,6 +107,7 @@ def resources(kernel, variant: str, constants: dict, **options) -> dict:
         "shared": compiled.metadata.shared,
         "HGMMA": sum("HGMMA" in x for x in loop),
         "HMMA": sum(bool(re.search(r"\bHMMA", x)) for x in loop),
+        "waits": sum("WARPGROUP.DEPBAR" in x for x in loop),
         "copies": sum("LDGSTS" in x and ".128" in x for x in loop),
         "spill loads": sum("LDL" in x for x in loop),
     }
