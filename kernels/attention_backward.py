@@ -9,10 +9,11 @@ dk_sum, dv_sum     [B, Hkv, Sk, D]   float32, contiguous; dtail_k, dtail_v [B, H
 dq, dk, dv         as q, k, v, in BSHD storage
 Grid               _statistics: (ceil(Sq / BLOCK), B * Hq)      _finish: (ceil(Sk / BLOCK), B * Hkv)
 
-By slices, one kernel does five products a tile and adds dk and dv by atomics; by keys, two kernels do seven products
-and no atomics. By keys is the schedule of ``torch.use_deterministic_algorithms(True)``, and of groups as long as its
-tiles. A summary is a mean, so its gradient belongs in equal parts to the keys that it was taken over. The mask is not
-differentiated. Meaning: ``reference.attention_backward``. Numbers: ``python -m fg_inductor bench training``.
+By slices, one kernel does five products a tile and adds dk and dv by atomics (``attention_backward_hopper`` where it
+can run); by keys, two kernels do seven products and no atomics, and the first of them makes dq by slices. By keys is
+the schedule of ``torch.use_deterministic_algorithms(True)``, and of groups as long as its tiles. A summary is a mean,
+so its gradient belongs in equal parts to the keys that it was taken over. The mask is not differentiated. Meaning:
+``reference.attention_backward``. Numbers: ``python -m fg_inductor bench training``.
 """
 
 from collections.abc import Sequence
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from fg_inductor.kernels import attention_backward_keys as keys_schedule
 from fg_inductor.kernels import attention_backward_slices as slices_schedule
-from fg_inductor.kernels import attention_forward, column_lists, group_means
+from fg_inductor.kernels import attention_forward, choice, column_lists, group_means
 from fg_inductor.kernels.mask import group_count
 from fg_inductor.kernels.reference import SUMMARY, group_statistics, normalise_key_bias
 
@@ -104,15 +105,24 @@ def launch(
     n: int,
     tail: str,
     wanted: Sequence[bool] = (True, True, True),
+    kernel_name: str = "auto",
     *,
     split: bool | None = None,
     slices: dict | None = None,
     keys: dict | None = None,
+    hopper: dict | None = None,
 ) -> tuple[Tensor, ...]:
     """dq, dk, dv in BSHD storage, an empty tensor where not ``wanted``; other arguments as in ``kernels.ops``.
 
-    ``split`` forces a schedule (True: by keys), ``slices`` and ``keys`` replace entries of the schedules' tables.
+    ``split`` forces a schedule (True: by keys), ``slices``, ``keys`` and ``hopper`` replace entries of the schedules'
+    tables.
     """
+    on_hopper = choice.choose_backward(kernel_name, q, scale, m) == "hopper"
+    if on_hopper:
+        from fg_inductor.kernels import attention_backward_hopper as hopper_schedule
+        from fg_inductor.kernels.attention_forward_hopper import aligned
+
+        q, k, v, dout = map(aligned, (q, k, v, dout))
     B, Hq, Sq, D = q.shape
     Hkv, Sk, T, G = k.shape[1], k.shape[2], mask.shape[2], group_count(k.shape[2], n)
     share = Hq // Hkv
@@ -150,11 +160,19 @@ def launch(
     for first in range(0, Hq, chunk):
         part = mask[:, first : first + chunk]
         heads = part.shape[1]
-        lists, kept, _, tail_bias = column_lists.launch(part, Sk, n, 1, tail == "pooled", bias)
-        if want_q or not split:
+        padding = key_bias is not None and key_bias.dtype == torch.bool
+        lists = column_lists.launch(part, Sk, n, 1, tail == "pooled", bias, padding)
+        tail_bias = lists.tail_bias
+        if on_hopper and (want_q or not split):
+            sums = (None,) * 4 if split else (dk_sum, dv_sum, dtail_k, dtail_v)
+            hopper_schedule.launch(
+                q, k, v, dout, statistics, lists, bias, order, tail_k, tail_v, (dq, *sums), first, scale, m, n,
+                **(hopper or {}),
+            )  # fmt: skip
+        elif want_q or not split:
             slices_schedule._attention_bwd_slices[(T * m // slices["BLOCK_M"], heads, B)](
                 q, k, v, dout, statistics,
-                lists, kept, bias, order, tail_k, tail_v, tail_bias,
+                lists.lists, lists.keys, bias, order, tail_k, tail_v, tail_bias,
                 dq, dk_sum, dv_sum, dtail_k, dtail_v,
                 *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3],
                 *(dq.stride()[:3] if want_q else (0, 0, 0)), bias_stride,

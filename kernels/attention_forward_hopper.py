@@ -164,7 +164,7 @@ def refusal(
     return None
 
 
-def _aligned(x: Tensor) -> Tensor:
+def aligned(x: Tensor) -> Tensor:
     """x, or a copy of it where 16-byte copies of its rows are not possible."""
     if x.stride(-1) == 1 and x.data_ptr() % 16 == 0 and all(stride % 16 == 0 for stride in x.stride()[:3]):
         return x
@@ -185,7 +185,7 @@ def launch(
     **override,
 ) -> tuple[Tensor, Tensor]:
     """out [B, Hq, Sq, D] (BSHD storage) and lse; arguments as in ``kernels.ops``, ``override`` for the table's."""
-    q, k, v = map(_aligned, (q, k, v))
+    q, k, v = map(aligned, (q, k, v))
     _, Hq, Sq, D = q.shape
     _, Hkv, Sk, _ = k.shape
     T = mask.shape[2]

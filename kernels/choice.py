@@ -8,6 +8,7 @@ The choice reads metadata only. What depends on the card and on the installed Tr
 """
 
 import functools
+import importlib
 from types import ModuleType
 from typing import NoReturn
 
@@ -15,6 +16,10 @@ import torch
 from torch import Tensor
 
 from fg_inductor.kernels.checks import fail
+
+# It compiles, and its barriers were simulated, but no GPU has run it yet: nothing takes it before the tests of
+# tests/test_attention_backward.py marked gpu have passed on one. They and the benchmark set this.
+BACKWARD_ON_HOPPER = False
 
 
 def choose(
@@ -51,9 +56,21 @@ def choose(
     return "portable"
 
 
+def choose_backward(kernel_name: str, q: Tensor, scale: float, m: int) -> str:
+    """The kernel that makes gradients by slices, as ``choose`` names them.
+
+    ``kernel_name`` is that of the forward pass: "portable" holds for the backward pass too. "hopper" asks for no more
+    than "auto", since Hopper's forward kernel takes slices of any size and its backward kernel does not.
+    """
+    if kernel_name == "portable" or not BACKWARD_ON_HOPPER:
+        return "portable"
+    hopper = _hopper(q.device, "attention_backward_hopper")
+    return "hopper" if isinstance(hopper, ModuleType) and hopper.refusal(q, scale, m) is None else "portable"
+
+
 @functools.cache
-def _hopper(device: torch.device) -> ModuleType | str:
-    """The Hopper kernel, or why this device or this Triton can't run it."""
+def _hopper(device: torch.device, name: str = "attention_forward_hopper") -> ModuleType | str:
+    """A Hopper kernel's module, or why this device or this Triton can't run it."""
     if not torch.cuda.is_available() or torch.version.hip:
         return "there is no NVIDIA GPU here"
     capability = torch.cuda.get_device_capability(device)
@@ -61,10 +78,9 @@ def _hopper(device: torch.device) -> ModuleType | str:
         major, minor = capability
         return f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, not 9.0"
     try:
-        from fg_inductor.kernels import attention_forward_hopper
+        return importlib.import_module(f"fg_inductor.kernels.{name}")
     except (ImportError, AttributeError) as error:  # Gluon's names change between versions of Triton
         return f"the installed Triton lacks what it needs of Gluon ({error})"
-    return attention_forward_hopper
 
 
 def _fail(kernel_name: str, reason: str) -> NoReturn:

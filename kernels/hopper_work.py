@@ -1,4 +1,4 @@
-"""What both roles of the Hopper kernel read: the work of a CTA, and its tiles of keys (Gluon)."""
+"""What both roles of the Hopper kernels read: the work of a CTA, and its tiles of keys (Gluon)."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl

@@ -40,7 +40,7 @@ SCHEMAS = {
     'int m, int n, str tail, SymInt min_seq, str kernel_name="auto") -> (Tensor out, Tensor lse)',
     "attention_backward": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor mask, "
     "Tensor? key_bias, Tensor? order, float scale, int m, int n, str tail, SymInt min_seq, "
-    "bool[3] wanted=[True, True, True]) -> (Tensor dq, Tensor dk, Tensor dv)",
+    'bool[3] wanted=[True, True, True], str kernel_name="auto") -> (Tensor dq, Tensor dk, Tensor dv)',
     "select_dfs": "(Tensor q, Tensor k, Tensor? key_bias, Tensor order, float scale, int m, int n, float? density, "
     "float[]? head_density=None) -> Tensor",
     "select_static": "(Tensor q, Tensor k, Tensor order, int m, int n, SymInt[] grid, SymInt before, int[] tile, "
@@ -289,23 +289,28 @@ def _grads(wanted, tensors, grads=(None,) * 3) -> tuple[Tensor, ...]:
 
 @torch.library.register_fake("fgattn::attention_backward")
 def _attention_backward_fake(
-    dout, q, k, v, out, lse, mask, key_bias, order, scale, m, n, tail, min_seq, wanted=(True,) * 3
+    dout, q, k, v, out, lse, mask, key_bias, order, scale, m, n, tail, min_seq, wanted=(True,) * 3, kernel_name="auto"
 ):
     return _grads(wanted, (q, k, v))
 
 
 def _attention_backward(backward):
-    def run(dout, q, k, v, out, lse, mask, key_bias, order, scale, m, n, tail, min_seq, wanted=(True,) * 3):
+    def run(
+        dout, q, k, v, out, lse, mask, key_bias, order, scale, m, n, tail, min_seq, wanted=(True,) * 3,
+        kernel_name="auto",
+    ):  # fmt: skip
         if min(q.shape[2], k.shape[2]) < min_seq:
             # Forward was dense, whatever the mask. It kept nothing for SDPA's own backward, so it runs once more.
             _, pull = torch.func.vjp(lambda *qkv: _sdpa(*qkv, key_bias, scale), q, k, v)
             return _grads(wanted, (q, k, v), pull(dout))
-        return backward(dout, q, k, v, out, lse, mask, key_bias, order, scale, m, n, tail, wanted)
+        return backward(dout, q, k, v, out, lse, mask, key_bias, order, scale, m, n, tail, wanted, kernel_name)
 
     return run
 
 
-def _attention_backward_reference(dout, q, k, v, out, lse, mask, key_bias, order, scale, m, n, tail, wanted):
+def _attention_backward_reference(
+    dout, q, k, v, out, lse, mask, key_bias, order, scale, m, n, tail, wanted, kernel_name
+):  # fmt: skip
     grads = reference.attention_backward(dout, q, k, v, mask, key_bias, order, scale, m, n, tail)
     return _grads(wanted, (q, k, v), grads)
 
@@ -321,7 +326,7 @@ torch.library.impl("fgattn::attention_backward", "CUDA", _attention_backward(_at
 
 
 def _attention_setup(ctx, inputs, output):
-    q, k, v, mask, key_bias, order, *ctx.parameters, _ = inputs
+    q, k, v, mask, key_bias, order, *ctx.parameters, ctx.kernel_name = inputs
     ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, v, *output, mask, key_bias, order)
@@ -331,7 +336,8 @@ def _attention_grad(ctx, dout, _):
     grads = (None, None, None)
     if dout is not None:
         wanted = list(ctx.needs_input_grad[:3])
-        grads = torch.ops.fgattn.attention_backward.default(dout, *ctx.saved_tensors, *ctx.parameters, wanted)
+        parameters = (*ctx.parameters, wanted, ctx.kernel_name)
+        grads = torch.ops.fgattn.attention_backward.default(dout, *ctx.saved_tensors, *parameters)
     return *(g if need else None for g, need in zip(grads, ctx.needs_input_grad, strict=False)), *(None,) * 9
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fg_inductor.kernels import attention_backward, attention_backward_keys, attention_forward, ops
+from fg_inductor.kernels import attention_backward, attention_backward_keys, attention_forward, choice, ops
 from fg_inductor.kernels.mask import GROUPS, SLICES, group_count, pack, word_count
 from fg_inductor.testing import (
     CASES,
@@ -28,10 +28,16 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32) if CUDA else (torch.floa
 BY_ID = {case.id: case for case in CASES}
 SCHEDULES = {"slices": False, "keys": True}
 schedules = pytest.mark.parametrize("split", SCHEDULES.values(), ids=SCHEDULES)
+needs_hopper = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not (CUDA and torch.cuda.get_device_capability() == (9, 0)), reason="needs a Hopper GPU"),
+]
+hopper_only = pytest.mark.parametrize("kernel_name", [pytest.param("hopper", marks=needs_hopper)])
 
 
 def launch(arguments: tuple, dout: torch.Tensor, m: int, **options):
     """The backward kernels behind the operator's forward. The interpreter likes larger tiles than the table's."""
+    choice.BACKWARD_ON_HOPPER = options.setdefault("kernel_name", "portable") == "hopper"
     if not CUDA:
         options["slices"] = {"BLOCK_M": m, "BLOCK_N": 64} | options.get("slices", {})
         options["keys"] = {"BLOCK_M": m, "BLOCK_N": 64} | options.get("keys", {})
@@ -85,6 +91,68 @@ def test_half_precision(case, split, device, poison):
     check(case, torch.float16, device, split=split)
 
 
+def on_hopper(case: Case) -> Case:
+    """The case with slices that the Hopper kernel takes, and a head dim that it knows."""
+    dim = case.dim if case.dim in (64, 96, 128) else 64
+    return replace(case, id=f"{case.id}-{max(case.m, 64)}", m=max(case.m, 64), dim=dim)
+
+
+@hopper_only
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", map(on_hopper, CASES), ids=str)
+def test_cases_on_hopper(case, dtype, kernel_name, device, poison):
+    check(case, dtype, device, split=False, kernel_name=kernel_name)
+
+
+@hopper_only
+@pytest.mark.parametrize("early", [False, True], ids=["late", "early"])
+@pytest.mark.parametrize("m", [64, 128])
+@pytest.mark.parametrize("wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1)], ids=str)
+def test_wanted_on_hopper(wanted, m, early, kernel_name, device, poison):
+    """Each subset is another program, with other barriers; dq alone is what the schedule by keys asks for."""
+    case = Case("wanted", m=m, n=8, queries=500, keys=700, heads=4, kv_heads=2, dim=128, tail="pooled", ordered=True)
+    arguments, dout = problem(case, torch.bfloat16, device)
+    exact, plain = reference_gradients(arguments, dout)
+    options = dict(split=False, kernel_name=kernel_name, hopper={"EARLY": early})
+    grads = launch(arguments, dout, m, wanted=wanted, **options)
+    for name, want, x, *expected in zip(("dq", "dk", "dv"), wanted, grads, plain, exact, strict=True):
+        if want:
+            assert_as_accurate(x, *expected, name)
+        else:
+            assert x.numel() == 0
+
+
+@hopper_only
+def test_masked_keys_have_no_say_on_hopper(kernel_name, device, poison):
+    case = Case("masked", m=128, n=8, queries=300, keys=700, dim=128, bias="padding", tail="pooled")
+    arguments, dout = problem(case, torch.bfloat16, device)
+    masked = ~arguments[4]
+    k, v = (x.clone() for x in arguments[1:3])
+    for x in (k, v):
+        x.transpose(1, 2)[masked] = torch.nan
+    grads = launch((arguments[0], k, v, *arguments[3:]), dout, case.m, split=False, kernel_name=kernel_name)
+    exact, plain = reference_gradients(arguments, dout)
+    for name, x, *expected in zip(("dq", "dk", "dv"), grads, plain, exact, strict=True):
+        assert_as_accurate(x, *expected, name)
+    assert all((x.transpose(1, 2)[masked] == 0).all() for x in grads[1:])
+
+
+@hopper_only
+@pytest.mark.parametrize("m", [64, 128])
+def test_many_slices_on_hopper(m, kernel_name, device, poison):
+    """More slices than CTAs, of lengths from nothing to all keys: barriers go on from one slice to the next."""
+    case = Case("many", m=m, n=8, queries=9000, keys=1500, heads=6, kv_heads=3, dim=128, layout="contiguous")
+    (q, k, v, mask, *rest), dout = problem(case, torch.bfloat16, device)
+    share = torch.rand(mask.shape[:3], generator=torch.Generator().manual_seed(2)).to(device)
+    share = torch.where(share < 0.1, 0, share)
+    groups = torch.rand(*mask.shape[:3], group_count(case.keys, case.n), device=device) < share[..., None]
+    arguments = (q, k, v, pack(groups, word_count(case.keys, case.n)), *rest)
+    exact, plain = reference_gradients(arguments, dout)
+    actual = launch(arguments, dout, m, split=False, kernel_name=kernel_name)
+    for name, *triple in zip(("dq", "dk", "dv"), actual, plain, exact, strict=True):
+        assert_as_accurate(*triple, name)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("tail", ["none", "pooled"])
 @pytest.mark.parametrize("dim", [64, 96, 128, 256])
@@ -93,7 +161,8 @@ def test_half_precision(case, split, device, poison):
 def test_every_slice_shape(m, n, dim, tail, device, poison):
     case = Case(f"{m}x{n}", m=m, n=n, dim=dim, tail=tail, queries=1000, keys=1100, ordered=True)
     for split in SCHEDULES.values():
-        check(case, torch.bfloat16, device, split=split)
+        for kernel_name in ("portable", "auto"):  # by keys too: dq is made by slices
+            check(case, torch.bfloat16, device, split=split, kernel_name=kernel_name)
 
 
 @pytest.mark.parametrize("block_m", [16, 32, 64])

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch._dynamo.exc import BackendCompilerFailed
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fg_inductor
 from fg_inductor import kernels
@@ -124,6 +125,47 @@ def test_card_is_asked_once_and_not_for_portable(call, card, install, monkeypatc
     for _ in range(3):
         ops.attention_kernel(*call, "auto")
     assert asked == [torch.device("cuda:0")]
+
+
+BACKWARD = {
+    # kernel of the forward pass, capability, what refusal() says, what is chosen
+    "hopper": ("auto", (9, 0), None, "hopper"),
+    "portable-forced": ("portable", (9, 0), None, "portable"),
+    "refused": ("auto", (9, 0), "slices of 16", "portable"),
+    "refused-after-hopper": ("hopper", (9, 0), "slices of 16", "portable"),
+    "ampere": ("auto", (8, 0), None, "portable"),
+}
+
+
+@pytest.mark.parametrize("kernel, capability, refusal, chosen", BACKWARD.values(), ids=BACKWARD)
+def test_choice_for_backward(kernel, capability, refusal, chosen, call, card, monkeypatch):
+    card(capability)
+    assert choice.choose_backward(kernel, call[0], 0.125, 64) == "portable"
+    monkeypatch.setattr(choice, "BACKWARD_ON_HOPPER", True)
+    monkeypatch.delattr(kernels, "attention_backward_hopper", raising=False)
+    monkeypatch.setitem(sys.modules, "fg_inductor.kernels.attention_backward_hopper", hopper(refusal))
+    assert choice.choose_backward(kernel, call[0], 0.125, 64) == chosen
+
+
+@pytest.mark.parametrize("kernel", ["auto", "portable"])
+def test_backward_hears_of_the_kernel(kernel, monkeypatch):
+    """What the user forced holds for the backward pass, whose operator is told by name or by place."""
+    seen = []
+    monkeypatch.setattr(ops.reference, "attention", lambda q, *rest: (q.clone(), q.sum(-1)))
+    monkeypatch.setattr(choice, "choose", lambda kernel, *arguments: "reference")
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.fgattn.attention_backward.default:
+                seen.append(dict(zip([a.name for a in func._schema.arguments], args, strict=False)) | (kwargs or {}))
+            return func(*args, **(kwargs or {}))
+
+    q = torch.randn(1, 2, 64, 64, requires_grad=True)
+    mask = torch.zeros(1, 2, 1, word_count(64, 8), dtype=torch.int32)
+    with Watch():
+        ops.attention(q, q, q, mask, None, None, 0.125, 64, 8, "none", 0, kernel)[0].sum().backward()
+    (arguments,) = seen
+    assert arguments.get("kernel_name", "auto") == kernel
 
 
 def test_asks_about_what_launch_will_get(monkeypatch):

@@ -37,6 +37,17 @@ def test_exact_masses_run_two_programs_a_multiprocessor(rows):
             assert row["registers"] <= 128 and row["shared"] <= 113 * 1024, variant
 
 
+def test_hopper_backward_overlaps_its_products(rows):
+    """Five products of 8 instructions a tile; dq alone has three. Where registers lack, each instruction is waited for.
+
+    So it is where Triton 3.9 compiles slices of 64.
+    """
+    for (kernel, variant), row in rows.items():
+        if kernel == "_attention_bwd_hopper":
+            assert row["HGMMA"] >= 20 and row["HMMA"] == 0, variant
+            assert row["waits"] <= row["HGMMA"] / 4 or variant.startswith("64x"), variant
+
+
 def test_backward_runs_on_hoppers_tensor_cores(rows):
     """All five products where a slice has 64 queries or more, dk and dv of smaller ones; D 256 by keys does without."""
     for (kernel, variant), row in rows.items():
@@ -59,6 +70,7 @@ def test_hot_loops_do_not_spill(rows):
         ("_attention_bwd_slices", "128x8 D 128 tail"): 20,
         ("_attention_bwd_slices", "128x8 D 96"): 12,
         ("_attention_bwd_slices", "128x8 D 256"): 20,
+        ("_attention_bwd_hopper", "64x8 D 128"): 64,
         # Counted over the loop around, which fills the pipeline anew for each query head.
         ("_attention_bwd_keys", "128x64 D 128"): 32,
         ("_attention_bwd_keys", "128x8 D 128"): 48,
@@ -68,5 +80,6 @@ def test_hot_loops_do_not_spill(rows):
         ("_cut", "75600 groups density"): 80,
     }
     for (kernel, variant), row in rows.items():
-        budget = budgets.get((kernel, variant), 8)
+        # Three accumulators fill the file: beside 40 wgmma and 32 vector atomics Triton 3.6 reloads 16, 3.9 32.
+        budget = budgets.get((kernel, variant), 36 if kernel == "_attention_bwd_hopper" else 8)
         assert row["spill loads"] <= budget, (kernel, variant, row)

@@ -3,7 +3,7 @@
     python -m fg_inductor bench resources
 
 Registers and stack of a thread, shared memory of a program, and what its hottest loop holds: tensor-core instructions
-(HGMMA: Hopper's own; HMMA: the older), 16-byte asynchronous copies, and loads from spilled registers.
+(HGMMA: Hopper's own; HMMA: the older), waits for them, 16-byte asynchronous copies, and loads from spilled registers.
 """
 
 import argparse
@@ -20,6 +20,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from fg_inductor.bench.common import save, show
 from fg_inductor.kernels import (
+    attention_backward_hopper,
     attention_backward_keys,
     attention_backward_slices,
     attention_forward,
@@ -33,7 +34,7 @@ from fg_inductor.kernels import (
     work_order,
 )
 
-COLUMNS = ["kernel", "variant", "registers", "stack", "shared", "HGMMA", "HMMA", "copies", "spill loads"]
+COLUMNS = ["kernel", "variant", "registers", "stack", "shared", "HGMMA", "HMMA", "waits", "copies", "spill loads"]
 POINTERS = {
     "lists_ptr": "*i32", "work_ptr": "*i32", "keys_ptr": "*i32", "clean_keys_ptr": "*i32", "clean_ptr": "*i32",
     "mixed_ptr": "*i32", "order_ptr": "*i32", "mask_ptr": "*i32", "limit_ptr": "*i32", "counts_ptr": "*i32",
@@ -107,6 +108,7 @@ def resources(kernel, variant: str, constants: dict, **options) -> dict:
         "shared": compiled.metadata.shared,
         "HGMMA": sum("HGMMA" in x for x in loop),
         "HMMA": sum(bool(re.search(r"\bHMMA", x)) for x in loop),
+        "waits": sum("WARPGROUP.DEPBAR" in x for x in loop),
         "copies": sum("LDGSTS" in x and ".128" in x for x in loop),
         "spill loads": sum("LDL" in x for x in loop),
     }
@@ -152,6 +154,22 @@ def backward_by_slices(m: int, n: int, d: int, *, bias=False, order=False, tail=
     return resources(attention_backward_slices._attention_bwd_slices, variant, constants, num_warps=warps)
 
 
+def backward_hopper(m: int, n: int, d: int, *, bias=False, order=False, tail=False, sums=True) -> dict:
+    """``attention_backward_hopper`` as its launcher configures it; without ``sums`` for dq alone."""
+    config = attention_backward_hopper.configuration(d, m)
+    registers = config.pop("maxnreg")
+    constants = dict(D=d, BLOCK_D=triton.next_power_of_2(d), N=n, WIDE=False, **config)
+    constants |= dict(HAS_BIAS=bias, HAS_ORDER=order, TAIL=tail, WANT_Q=True, WANT_K=sums, WANT_V=sums)
+    absent = {"bias_ptr": bias, "order_ptr": order, "dk_sum_ptr": sums, "dv_sum_ptr": sums}
+    absent |= dict.fromkeys(("tail_k_ptr", "tail_v_ptr", "tail_bias_ptr"), tail)
+    absent |= dict.fromkeys(("dtail_k_ptr", "dtail_v_ptr"), tail and sums)
+    constants |= {name: None for name, there in absent.items() if not there}
+    flags = "".join(f" {name}" for name, on in (("bias", bias), ("order", order), ("tail", tail)) if on)
+    variant = f"{m}x{n} D {d}{flags}{'' if sums else ' dq'}"
+    kernel = attention_backward_hopper._attention_bwd_hopper
+    return resources(kernel, variant, constants, num_warps=4, maxnreg=registers)
+
+
 def backward_by_keys(m: int, n: int, d: int) -> dict:
     """``attention_backward_keys`` as its launcher configures it."""
     config = attention_backward_keys.configuration(torch.bfloat16, d, m)
@@ -193,6 +211,9 @@ def table() -> list[dict]:
     rows += [backward_by_keys(128, 64, 128), backward_by_keys(128, 8, 128), backward_by_keys(128, 128, 256)]
     rows += [hopper(128, 1, 128), hopper(64, 8, 128), hopper(16, 8, 128), hopper(128, 8, 64), hopper(128, 8, 96)]
     rows += [hopper(128, 8, 128, bias=True), hopper(128, 8, 128, order=True, tail=True)]
+    rows += [backward_hopper(128, 1, 128), backward_hopper(64, 8, 128), backward_hopper(128, 8, 96)]
+    rows += [backward_hopper(128, 8, 128, bias=True), backward_hopper(128, 8, 128, order=True, tail=True)]
+    rows.append(backward_hopper(128, 64, 128, sums=False))
     lists = dict(N=8, SUB=1, BLOCK=column_lists.BLOCK, BLOCK_W=128, SUMMARY=128, TAIL=False, HAS_BIAS=False)
     absent = dict.fromkeys(("clean_ptr", "mixed_ptr", "group_keys_ptr", "block_keys_ptr", "block_bias_ptr"))
     rows.append(resources(column_lists._column_lists, "N 8", lists | absent | {"tail_bias_ptr": None}))
