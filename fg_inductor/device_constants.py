@@ -129,6 +129,14 @@ def _measure_and_write(path: Path, about: dict, settings: Settings, dim, dtype, 
             "eligible site.", about["card"], what,
         )  # fmt: skip
         return None
+    except Exception:  # whatever it is, a forecast is no reason to stop a compilation, or to leave a site dense
+        if settings.strict:
+            raise
+        log.exception(
+            "fgattn: measuring attention on %s (%s) failed, so 'fgattn.when' rewrites every eligible site; please "
+            "report this.", about["card"], what,
+        )  # fmt: skip
+        return None
     seconds = time.perf_counter() - start
     kept = _write(path, {"about": about, "seconds": seconds, "constants": asdict(found)})
     if not settings.quiet:

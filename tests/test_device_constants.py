@@ -87,6 +87,17 @@ def test_no_memory_left(monkeypatch, caplog):
     assert get() is None and "no memory left" in caplog.text
 
 
+def test_a_failure_is_told_and_stops_nothing(monkeypatch, caplog):
+    def measure(*what):
+        raise RuntimeError("a kernel that can't run")
+
+    monkeypatch.setattr(device_constants, "measure", measure)
+    assert get() is None and "failed" in caplog.text and "a kernel that can't run" in caplog.text
+    device_constants.forget()
+    with pytest.raises(RuntimeError, match="a kernel that can't run"):
+        get(strict=True)
+
+
 def test_a_graph_for_another_machine(measured, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert device_constants.constants(Settings(), 64, torch.float32, GPU) is None and not measured
