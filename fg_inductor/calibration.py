@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
 from fg_inductor.backend import read_options, rewrite_graph
-from fg_inductor.kernels import ops
+from fg_inductor.kernels import ops, reference
 from fg_inductor.report import Report, Row
 from fg_inductor.settings import BY_HEAD, Settings
 
@@ -240,19 +240,23 @@ class _Measuring(Interpreter):
         return dense, lse
 
     def _measure(self, path: str, selector: Node, arguments: dict[str, Any], dense: Tensor) -> None:
-        errors = []
+        errors, lse = [], None
+        if self.meter.settings.mask == "observed":  # its masks are made with the normalisers of dense attention
+            names = ("q", "k", "m", "n")
+            everything = reference.full_mask(*(arguments[name] for name in names))
+            _, lse = ops.attention(**arguments | {"mask": everything, "min_seq": 0})
         for density in LADDER:
-            mask = self._mask(selector, density)
+            mask = self._mask(selector, density, lse)
             sparse, _ = ops.attention(**arguments | {"mask": mask, "min_seq": 0})
             errors.append(_squares(sparse, dense))
         self.meter.add(path, torch.stack(errors).cpu(), _squares(dense).cpu())
         self.meter.bar.next_site(path)
 
-    def _mask(self, node: Node, density: float) -> Tensor:
-        """What the selector at ``node`` makes at this density."""
+    def _mask(self, node: Node, density: float, lse: Tensor | None) -> Tensor:
+        """What the selector at ``node`` makes at this density; ``lse`` of dense attention for observed masks."""
         given = _by_name(node, self.selected[node])
         if node.target is ops.keep_dense:
-            return ops.keep_dense(**given | {"mask": self._mask(node.args[0], density)})
+            return ops.keep_dense(**given | {"mask": self._mask(node.args[0], density, lse)})
         changed = given | {"density": density, "head_density": None}
         if node.target is ops.select_dfs:
             return ops.select_dfs(**changed)
@@ -262,7 +266,8 @@ class _Measuring(Interpreter):
         mask = torch.empty_like(ops.select_pooled(**changed))
         for name in ("pool", "gamma", "alpha"):
             del changed[name]
-        ops.update_observed_(**changed, mask=mask, refresh=torch.ones((), dtype=torch.bool, device=mask.device))
+        due = torch.ones((), dtype=torch.bool, device=mask.device)
+        ops.update_observed_(**changed, lse=lse, mask=mask, due=due)
         return mask
 
 
