@@ -333,20 +333,22 @@ def _stages(
 ) -> list[_Stage]:
     """The forms of a graph. ``gm`` is the first of them, rewritten, ``original`` the graph before."""
 
+    stages, chosen = settings.stages, frozenset(row.site.index for row in rows if row.site.rewritten)
+
     def form(of: Settings) -> GraphModule:
-        if of is first:
+        if of is stages[0][1]:
             return variant.copy_graph(gm)
         other = variant.copy_graph(original)
-        rewrite_graph(other, of, graph)
+        sdpa.rewrite(other, of, only=chosen)
+        checkpoint.translate_policies(other)
         if settings.stats:
             density.add_outputs(other)
         return other
 
-    first, result = settings.stages[0][1], []
-    for _, stage in settings.stages:
-        observed = [_with_state(form(level), example_inputs, rows, settings, graph) for level in stage.levels]
-        result.append(_Stage(form(stage), observed))
-    return result
+    def with_state(of: Settings) -> Stateful:
+        return _with_state(form(of), example_inputs, rows, settings, graph)
+
+    return [_Stage(form(stage), [with_state(level) for level in stage.levels]) for _, stage in stages]
 
 
 def _with_state(

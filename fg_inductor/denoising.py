@@ -19,6 +19,7 @@ import functools
 import logging
 import math
 import threading
+import weakref
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
@@ -176,7 +177,13 @@ class Call:
     """One call of a model inside a run. branch: which one of guidance; None where that can't be told."""
 
     def __init__(self, run: Run, model: nn.Module, branch: Hashable):
-        self.run, self.model, self.branch = run, model, branch
+        self.run, self.branch = run, branch
+        self._model = weakref.ref(model)  # calls are kept for their identity
+
+    @property
+    def model(self) -> nn.Module:
+        """The model that is called."""
+        return self._model()
 
 
 class _Calls(threading.local):

@@ -420,8 +420,9 @@ class Settings:
         return self.pool
 
     def changed(self) -> dict[str, Any]:
-        """The options that are not at their defaults."""
-        return {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+        """The options that are not at their defaults, as they may be given."""
+        values = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if getattr(self, f.name) != f.default}
+        return {name: dict(x.steps) if isinstance(x, Schedule) else x for name, x in values.items()}
 
 
 def options_table() -> str:

@@ -396,7 +396,7 @@ def update_observed(
     n: int,
     reduce: str,
     top_p: float,
-    density: float | None,
+    density: float | list[float] | None,
     max_density: float,
     dense_keys: list[int],
     dense_queries: list[int],

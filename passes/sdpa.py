@@ -6,7 +6,7 @@ device kernel with its backward. ``sdpa_kernel(...)`` chooses among dense kernel
 
 import logging
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -50,11 +50,12 @@ SDPA = (
 SITES = frozenset((*SDPA, ops.attention))  # those that were rewritten before are counted
 
 
-def rewrite(gm: GraphModule, settings, ask: Ask | None = None) -> list[Site]:
+def rewrite(gm: GraphModule, settings, ask: Ask | None = None, only: Collection[int] | None = None) -> list[Site]:
     """Rewrite the sites of ``gm`` and of its child graphs in place.
 
     ``ask(settings, batch, heads, queries, keys, dim, dtype, device)`` forecasts what a rewrite gains; where that is
-    nothing, the site stays dense. Symbolic sizes are asked for as they were traced, which adds no guard.
+    nothing, the site stays dense. Symbolic sizes are asked for as they were traced, which adds no guard. ``only``: the
+    indices of the sites that may be rewritten, those of another form of the graph.
 
     One Site for each call of SDPA and each attention written otherwise, in execution order (last what looks like
     attention and can't be made out); sites rewritten by an earlier call are counted in ``index`` and not listed. Where
@@ -70,7 +71,7 @@ def rewrite(gm: GraphModule, settings, ask: Ask | None = None) -> list[Site]:
         rest = [_left(x, len(calls) + i) for i, x in enumerate(unknown)]
         if not any(n.target in SDPA for n in calls):
             return rest
-        rewriter = _Rewriter(settings, program, Layout(program), TokenGrid(program), stand_ins, ask)
+        rewriter = _Rewriter(settings, program, Layout(program), TokenGrid(program), stand_ins, ask, only)
         return [rewriter.visit(node, index) for index, node in enumerate(calls) if node.target in SDPA] + rest
     finally:
         for stand_in in stand_ins.values():  # those of the sites that stay dense
@@ -88,6 +89,7 @@ class _Rewriter:
     grids: TokenGrid
     stand_ins: dict[Node, StandIn]
     ask: Ask | None
+    only: Collection[int] | None
     touched: set[Graph] = field(default_factory=set)
     orders: dict[tuple, Node] = field(default_factory=dict)  # where it is used and of what -> query order
     values: dict[tuple, Any] = field(default_factory=dict)  # of equal calls of our operators
@@ -105,6 +107,8 @@ class _Rewriter:
             settings = self.settings.for_site(row["path"])
             if settings.mask == "dense" != self.settings.mask:
                 return self._left_dense(row, node, Refusal("dense in fgattn.sites"))
+            if self.only is not None and index not in self.only:
+                return self._left_dense(row, node, Refusal("dense in another form"))
             refused = refusal(attention, row["kind"], self.program, self.layout, settings, written)
             if refused:
                 return self._left_dense(row, node, refused)

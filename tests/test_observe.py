@@ -122,12 +122,11 @@ def test_top_p_is_reached_and_no_group_too_many():
 
 def observe(q, k, mask, rest, refresh, min_seq=0, drift=None, bound=None):
     """A step: begin, attend, update. Returns what attention gave."""
-    shape, selection = rest[:5], rest[5:]
+    shape, (reduce, top_p, density, *others) = rest[:5], rest[5:]
+    uniform, by_head = (None, density) if isinstance(density, list) else (density, None)
     due = ops.begin_observed_(q, k, mask, *shape, min_seq, torch.tensor(refresh, device=q.device), drift, bound)
     out, lse = ops.attention(q, k, k, mask, *shape, "none", min_seq)
-    reduce, top_p, density, *limits = selection
-    uniform, by_head = (None, density) if isinstance(density, list) else (density, None)
-    ops.update_observed_(q, k, lse, mask, *shape, reduce, top_p, uniform, *limits, min_seq, due, drift, by_head)
+    ops.update_observed_(q, k, lse, mask, *shape, reduce, top_p, uniform, *others, min_seq, due, drift, by_head)
     return out
 
 

@@ -472,7 +472,7 @@ def test_stateless_with_a_reason(make, reason, caplog):
 
 
 def test_an_error_of_the_pass_is_a_reason(monkeypatch, caplog):
-    def fail(gm, example_inputs):
+    def fail(gm, example_inputs, bound):
         raise KeyError("a defect")
 
     monkeypatch.setattr(backend, "add_state", fail)
