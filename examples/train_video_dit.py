@@ -26,6 +26,7 @@ from pathlib import Path
 
 import cv2
 import torch
+import torch._inductor.config
 import torch.nn.functional as F
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
@@ -206,6 +207,9 @@ def run(args: argparse.Namespace) -> None:
     folder = Path(args.out)
     folder.mkdir(parents=True, exist_ok=True)
     _check_same(folder / "run.json", args, args.resume)
+
+    if torch.__version__ < (2, 15):  # or Inductor loses gradients of scale_shift_table: pytorch/pytorch#193061
+        torch._inductor.config.triton.mix_order_reduction = False
 
     torch.manual_seed(args.seed)
     model = WanTransformer3DModel(

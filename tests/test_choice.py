@@ -140,8 +140,6 @@ BACKWARD = {
 @pytest.mark.parametrize("kernel, capability, refusal, chosen", BACKWARD.values(), ids=BACKWARD)
 def test_choice_for_backward(kernel, capability, refusal, chosen, call, card, monkeypatch):
     card(capability)
-    assert choice.choose_backward(kernel, call[0], 0.125, 64) == "portable"
-    monkeypatch.setattr(choice, "BACKWARD_ON_HOPPER", True)
     monkeypatch.delattr(kernels, "attention_backward_hopper", raising=False)
     monkeypatch.setitem(sys.modules, "fg_inductor.kernels.attention_backward_hopper", hopper(refusal))
     assert choice.choose_backward(kernel, call[0], 0.125, 64) == chosen

@@ -5,6 +5,7 @@ import operator
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 import fg_inductor
@@ -21,6 +22,23 @@ from fg_inductor.toy_models import (
 )
 
 aten = torch.ops.aten
+
+
+class Modulated(torch.nn.Module):
+    """Attention between two norms whose scales and shifts are chunks of one table, as in a block of Wan."""
+
+    def __init__(self, width: int):
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.randn(1, 4, width, generator=torch.Generator().manual_seed(0)) / 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        scale, shift, scale_after, shift_after = self.table.chunk(4, dim=1)
+        q = (self.norm(x) * (1 + scale) + shift).unflatten(-1, (-1, 64)).transpose(1, 2)
+        x = x + F.scaled_dot_product_attention(q, q, q).transpose(1, 2).flatten(2)
+        return self.norm(x) * (1 + scale_after) + shift_after
+
+    def norm(self, x: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:])
 
 
 def plain(block, x):
@@ -172,3 +190,14 @@ def test_no_double_backward(inner, message):
     (grad,) = torch.autograd.grad(out.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match=message):
         grad.sum().backward()
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_gradients_of_shared_scales_and_shifts():
+    """Inductor 2.10 to 2.14 never writes some of them, unless told as ``backend.PATCHES`` does."""
+    model = Modulated(512).cuda()
+    options = {"fgattn.min_seq": 1, "fgattn.when": "always", "fgattn.density": 1.0}
+    run = torch.compile(model, backend="fgattn", options=options, fullgraph=True)
+    assert_as_accurate_as_eager(model, run, {"x": torch.randn(8, 2048, 512, device="cuda")})
+    assert fg_inductor.report().rewritten == 1

@@ -10,8 +10,9 @@ the last head.
 
 ``--parts step`` times a step of AdamW on ``WanTransformer3DModel`` with the preset's width and tokens, but only
 ``--layers`` of its layers: random float32 weights, bfloat16 autocast, compiled by Inductor and by fgattn at a fixed
-density. "attention" is the share of the dense step that self-attention takes, by cuDNN's times. "peak_gb" is the device
-memory that was in use at most: of the step with its weights and optimizer, of an attention call without its inputs.
+density. The backend's patches of Inductor are used for the dense step too, whose gradients are wrong without them.
+"attention" is the share of the dense step that self-attention takes, by cuDNN's times. "peak_gb" is the device memory
+that was in use at most: of the step with its weights and optimizer, of an attention call without its inputs.
 """
 
 import argparse
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fg_inductor
+from fg_inductor import backend
 from fg_inductor.bench.common import (
     PRESETS,
     Timing,
@@ -252,13 +254,13 @@ def _step_rows(args, settings: dict, attention_ms: float, head: dict, device: st
             optimizer.zero_grad()
 
         found = measure([step]), _peak(step, device, counted=0)
-        if how and (sites := fg_inductor.report().rewritten) != args.layers:
+        if "backend" in how and (sites := fg_inductor.report().rewritten) != args.layers:
             raise RuntimeError(f"bench training: {sites} of {args.layers} sites are sparse.\n{fg_inductor.report()}")
         torch._dynamo.reset()
         gc.collect()
         return found
 
-    dense = measured()
+    dense = measured(options=backend.PATCHES)
     attention = attention_ms / dense[0].median
     for (m, n, density), kept in settings.items():
         for tail in args.tail:
