@@ -2,6 +2,7 @@
 
     python examples/quality.py --out quality
     python examples/quality.py --weights FOLDER/mini_dit.safetensors --frames 17 --side 256 --steps 20 --out mini
+    python examples/quality.py --plot quality.json more.json --out together
 
 A trained model draws the same seeds with dense attention and with each method at each density, all with the same dense
 first steps; the figures compare each video with the dense one. Beside that, for each layer and density, the relative
@@ -48,6 +49,7 @@ METHODS = {
     "default, tail": {"fgattn.tail": "pooled"},
     "observed": {"fgattn.mask": "observed", "fgattn.refresh": "every 4"},
     "observed, tail": {"fgattn.mask": "observed", "fgattn.refresh": "every 4", "fgattn.tail": "pooled"},
+    "dfs": {"fgattn.mask": "dfs"},
     "128x1, one mean, no order": {"fgattn.slice": "128x1", "fgattn.pool": 128, "fgattn.token_grid": None},
     "64x64 blocks": {"fgattn.slice": "64x64", "fgattn.pool": 64, "fgattn.token_grid": None},
 }
@@ -228,28 +230,47 @@ def draw(rows: list[dict], layers: list[dict], title: str) -> Figure:
 
 def main() -> None:
     args = parse_args()
-    model = load_model(args.weights, args.device).requires_grad_(False)
-    text = text_of(args.source, model, args.device)
-    records = list(rows(model, text, args))
-    layers = list(layer_errors(model, text, args))
-    table = summary(records)
-    for row in table:
+    result = together(args.plot) if args.plot else measured(args)
+    for row in result["summary"]:
         figures = ", ".join(
             f"{label} {row[name]:.4g} ({row[f'{name}_min']:.4g} to {row[f'{name}_max']:.4g})"
             for name, label in METRICS.items()
         )
         print(f"{row['method']}, density {row['density']:g} (kept {row['kept']:.3f}): {figures}")
+    Path(f"{args.out}.json").write_text(json.dumps(result, indent=1) + "\n")
+    what = result["what"]
+    title = "{weights}, {frames} x {side} x {side}, {steps} steps, {count} seeds".format(
+        **what, count=len(what["seeds"])
+    )
+    draw(result["summary"], result["layers"], title).savefig(f"{args.out}.png", dpi=110)
+    print(f"{args.out}.json, {args.out}.png")
+
+
+def measured(args) -> dict:
+    """What was asked for, the figures of each video and their summary, and the errors of layers."""
     from fg_inductor.bench.common import environment
 
-    what = {
-        name: getattr(args, name) for name in ("frames", "side", "steps", "dense_first", "seeds", "level", "source")
-    }
+    model = load_model(args.weights, args.device).requires_grad_(False)
+    text = text_of(args.source, model, args.device)
+    videos = list(rows(model, text, args))
+    names = ("frames", "side", "steps", "dense_first", "seeds", "level", "source")
+    what = {name: getattr(args, name) for name in names}
     what |= {"weights": Path(args.weights).name if args.weights else "tiny_dit", **environment()}
-    result = {"what": what, "summary": table, "videos": records, "layers": layers}
-    Path(f"{args.out}.json").write_text(json.dumps(result, indent=1) + "\n")
-    title = f"{what['weights']}, {args.frames} x {args.side} x {args.side}, {args.steps} steps, {len(args.seeds)} seeds"
-    draw(table, layers, title).savefig(f"{args.out}.png", dpi=110)
-    print(f"{args.out}.json, {args.out}.png")
+    return {"what": what, "summary": summary(videos), "videos": videos, "layers": list(layer_errors(model, text, args))}
+
+
+def together(paths: list[str]) -> dict:
+    """Runs of the same videos with other methods or densities, as one. Raises SystemExit where they don't compare."""
+    first, *rest = found = [json.loads(Path(path).read_text()) for path in paths]
+    for path, other in zip(paths[1:], rest, strict=True):
+        if differ := [name for name, value in first["what"].items() if other["what"].get(name) != value]:
+            raise SystemExit(
+                f"quality --plot: {paths[0]} and {path} differ in {', '.join(differ)}; give runs that agree."
+            )
+    return {
+        "what": first["what"],
+        **{key: [row for run in found for row in run[key]] for key in ("summary", "videos", "layers")},
+    }
 
 
 def parse_args() -> argparse.Namespace:
@@ -266,6 +287,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2] if cuda else [0, 1])
     parser.add_argument("--level", type=float, default=0.6, help="noise level at which layers are compared")
+    parser.add_argument("--plot", nargs="+", metavar="FILE", help="put OUT.json files together instead of sampling")
     parser.add_argument("--out", default="fgattn_quality", help="OUT.json and OUT.png")
     return parser.parse_args()
 

@@ -61,3 +61,19 @@ def test_refuses_sizes_that_are_no_patches(quality):
     _, run = quality
     with pytest.raises(SystemExit, match="don't divide into patches"):
         run("--side", "63")
+
+
+def test_runs_are_put_together(quality, tmp_path):
+    module, run = quality
+    paths = []
+    for method in ("default", "dfs"):
+        run("--methods", method, "--density", "0.5")
+        paths.append((tmp_path / "q.json").rename(tmp_path / f"{method}.json"))
+    both = run("--plot", *map(str, paths))
+    assert [row["method"] for row in both["summary"]] == ["default", "dfs"]
+    assert len(both["videos"]) == 4 and len(both["layers"]) == 8
+    other = json.loads(paths[1].read_text())
+    other["what"]["steps"] += 1
+    paths[1].write_text(json.dumps(other))
+    with pytest.raises(SystemExit, match="differ in steps"):
+        module.together(paths)
