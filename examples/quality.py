@@ -27,6 +27,7 @@ import argparse
 import hashlib
 import itertools
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -215,7 +216,7 @@ def draw(rows: list[dict], layers: list[dict], title: str) -> Figure:
         axis.set(xlabel="kept density, dense steps apart", ylabel=label)
         axis.grid(alpha=0.3)
     axis = figure.axes[4]
-    density = min({row["density"] for row in layers}, key=lambda d: abs(d - 0.3))
+    density = min({row["density"] for row in layers}, key=lambda d: abs(d - 0.3), default=math.nan)
     for method in dict.fromkeys(row["method"] for row in layers):
         own = [row for row in layers if row["method"] == method and row["density"] == density]
         axis.plot([row["layer"] for row in own], [row["error"] for row in own], marker="o", color=colour[method])

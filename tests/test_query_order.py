@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from fg_inductor.kernels.mask import SLICES
-from fg_inductor.kernels.query_order import RUN, THICKEST, TIME, cross_section, query_order
+from fg_inductor.kernels.query_order import ALONE, RUN, THICKEST, TIME, cross_section, query_order
 
-CUBES = {128: (2, 8, 8), 64: (1, 8, 8), 32: (1, 4, 8), 16: (1, 4, 4)}  # the most compact boxes, by their tokens
+# The most compact boxes, by their tokens; slices of 32 and 16 stay in one frame.
+CUBES = {128: (4, 4, 8), 64: (4, 4, 4), 32: (1, 4, 8), 16: (1, 4, 4)}
 
 GRIDS = (  # t, h, w
     (21, 30, 52),  # Wan, 480p: divides by no cube
@@ -109,7 +110,7 @@ def test_slices_are_compact(grid, m):
     assert spread(video, grid, 16).mean() < 1.5 * of_box(CUBES[16])
 
 
-@pytest.mark.parametrize("grid", [(4, 16, 24), (17, 32, 32)], ids=str)
+@pytest.mark.parametrize("grid", [(4, 16, 24), (16, 32, 32)], ids=str)
 def test_a_grid_that_divides_is_cut_into_boxes(grid):
     video = order_of(grid, 64).long()
     assert (spread(video, grid, 64)[: len(video) // 64] <= of_box(CUBES[64])).all()
@@ -121,7 +122,9 @@ def test_a_grid_that_divides_is_cut_into_boxes(grid):
 def test_the_estimate_chooses_well(grid, m, monkeypatch):
     """The chosen cross-section is within a tenth of the best that there is."""
     found = {}
-    for edges in [(a, b) for a in range(1, THICKEST + 1) for b in range(RUN, min(m // a, 24) + 1, RUN)]:
+    for edges in [
+        (a, b) for a in range(1, (THICKEST if m >= ALONE else 1) + 1) for b in range(RUN, min(m // a, 24) + 1, RUN)
+    ]:
         monkeypatch.setattr("fg_inductor.kernels.query_order.cross_section", lambda *_, edges=edges: edges)
         found[edges] = spread(order_of(grid, m).long(), grid, m).mean().item()
     chosen = cross_section(*grid, m)
