@@ -40,6 +40,8 @@ SHAPES = {
 }
 DENSITIES = (0.1, 0.5)
 BUDGET_MS = {"cuda": 20.0, "cpu": 60.0}  # for one measurement, by which the number of calls is chosen; 3 to 20 calls
+BUSY_MS = 30.0  # of attention in front of each measurement
+HOT_MS = 1000.0  # of attention before the first measurement: a cool card runs at clocks that it can't hold
 
 _found: dict[str, Constants | None] = {}
 
@@ -170,6 +172,7 @@ def measure(settings: Settings, dim: int, dtype: torch.dtype, device: torch.devi
     on_device = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with torch.no_grad(), _disable_current_modes(), on_device, torch.autocast(device.type, enabled=False):
         dense, attention, selection = [], [], []
+        load_ms = HOT_MS
         hosts = {"dense": [], "attention": [], "selection": []}
         for heads, grid in SHAPES[device.type]:
             tokens = grid[0] * grid[1] * grid[2]
@@ -178,12 +181,18 @@ def measure(settings: Settings, dim: int, dtype: torch.dtype, device: torch.devi
             scale, m, n = dim**-0.5, settings.m, settings.n
             shape = Shape(1, heads, tokens, tokens, dim, m, n, 1.0, int(settings.tail == "pooled"))
 
-            def note(found: list, name: str, shape: Shape, call: Callable) -> None:
-                took, host = device_and_host_ms(call, device)
+            def dense_call(q=q, k=k, v=v) -> Tensor:
+                return F.scaled_dot_product_attention(q, k, v)
+
+            def note(found: list, name: str, shape: Shape, call: Callable, load: Callable = dense_call) -> None:
+                took, host = device_and_host_ms(call, device, load)
                 found.append((shape, took))
                 hosts[name].append(host)
 
-            note(dense, "dense", shape, lambda q=q, k=k, v=v: F.scaled_dot_product_attention(q, k, v))
+            if device.type == "cuda":
+                _keep_busy(dense_call, load_ms)
+                load_ms = BUSY_MS
+            note(dense, "dense", shape, dense_call)
             for density in DENSITIES:
                 choose = (order, scale, m, n, settings.queries_per_mean, settings.mass, density, 1.0, [], [], 0)
                 rules = (settings.reduce, settings.gamma)
@@ -216,10 +225,14 @@ def _random(heads: int, tokens: int, dim: int, dtype: torch.dtype, device: torch
     return [torch.randn(shape, generator=generator, device=device, dtype=dtype).transpose(1, 2) for _ in range(3)]
 
 
-def device_and_host_ms(call: Callable[[], object], device: torch.device) -> tuple[float, float]:
-    """Milliseconds that the device takes for a call, and that Python takes to launch it (0 on CPU): the best of two.
+def device_and_host_ms(
+    call: Callable[[], object], device: torch.device, load: Callable[[], object]
+) -> tuple[float, float]:
+    """Milliseconds that the device takes for a call, and that Python takes to launch it (0 on CPU).
 
-    On CUDA the device is kept busy while the calls are launched, so that it never waits for Python.
+    The best of several calls on CPU. On CUDA the mean of calls behind some of ``load``: attention draws as much power as
+    a card may, so that clocks fall while a model runs, and what a rested card reaches says little. The device is also
+    busy while the calls are launched, and never waits for Python.
     """
     call()  # whatever is compiled at the first call
     budget = BUDGET_MS[device.type]
@@ -233,13 +246,22 @@ def device_and_host_ms(call: Callable[[], object], device: torch.device) -> tupl
     found = []
     for _ in range(2):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda._sleep(40_000_000)  # clock cycles: some 20 ms
+        _keep_busy(load, BUSY_MS)
         start.record()
         host = _seconds(lambda: [call() for _ in range(count)])
         end.record()
         torch.cuda.synchronize()
         found.append((start.elapsed_time(end) / count, host * 1000 / count))
-    return min(took for took, _ in found), min(host for _, host in found)
+    return sum(took for took, _ in found) / 2, min(host for _, host in found)
+
+
+def _keep_busy(load: Callable[[], object], ms: float) -> None:
+    """Queue ``load`` for about so many milliseconds of the device's time."""
+    load()
+    torch.cuda.synchronize()
+    once = _seconds(lambda: (load(), torch.cuda.synchronize())) * 1000
+    for _ in range(round(ms / once) + 1):
+        load()
 
 
 def _seconds(call: Callable[[], object]) -> float:
