@@ -230,9 +230,9 @@ def device_and_host_ms(
 ) -> tuple[float, float]:
     """Milliseconds that the device takes for a call, and that Python takes to launch it (0 on CPU).
 
-    The best of several calls on CPU. On CUDA the mean of calls behind some of ``load``: attention draws as much power as
-    a card may, so that clocks fall while a model runs, and what a rested card reaches says little. The device is also
-    busy while the calls are launched, and never waits for Python.
+    The best of several calls on CPU. On CUDA the mean of calls behind some of ``load``: attention draws all power that
+    a card may draw, so that clocks fall while a model runs, and what a rested card reaches says little. The device is
+    also busy while the calls are launched, and never waits for Python.
     """
     call()  # whatever is compiled at the first call
     budget = BUDGET_MS[device.type]

@@ -30,11 +30,11 @@ def test_matrix_work_runs_on_hoppers_tensor_cores(rows):
 
 
 def test_exact_masses_run_two_programs_a_multiprocessor(rows):
-    """Products of one beside exponentials of the other: 65,536 registers and 227 KB for two of 256 threads."""
+    """Products of one beside exponentials of the other: 65,536 registers and 227 KB for two of 128 threads."""
     for (kernel, variant), row in rows.items():
         if kernel == "_column_mass" and "x128 " not in variant and "D 256" not in variant:
             assert row["HGMMA"] > 0 and row["HMMA"] == 0, variant
-            assert row["registers"] <= 128 and row["shared"] <= 113 * 1024, variant
+            assert row["registers"] <= 255 and row["spill loads"] == 0 and row["shared"] <= 113 * 1024, variant
 
 
 def test_hopper_backward_overlaps_its_products(rows):
