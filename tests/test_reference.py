@@ -9,17 +9,14 @@ import torch.nn.functional as F
 from fg_inductor.kernels import reference, reference_select
 from fg_inductor.kernels.mask import GROUPS, SLICES
 from fg_inductor.testing import (
-    CASES,
-    Case,
     assert_as_accurate,
     assert_l2_as_accurate,
     dense_mask,
     make_key_bias,
     make_qkv,
     random_mask,
-    reference_gradients,
-    reference_result,
 )
+from fg_inductor.testing_cases import CASES, Case, reference_gradients, reference_result
 
 pytestmark = pytest.mark.usefixtures("poison", "one_thread")
 

@@ -7,7 +7,7 @@ import torch
 
 from fg_inductor.kernels import reference, reference_select
 from fg_inductor.kernels.mask import group_count, slice_count, unpack
-from fg_inductor.testing import Case, reference_result
+from fg_inductor.testing_cases import Case, reference_result
 
 pytestmark = pytest.mark.usefixtures("poison", "one_thread")
 
