@@ -18,7 +18,8 @@ from fg_inductor import device_constants
 from fg_inductor.kernels import choice, ops
 from fg_inductor.kernels.mask import unpack
 from fg_inductor.settings import Settings
-from fg_inductor.testing import CASES, Case, assert_as_accurate, poison, reference_gradients, reference_result
+from fg_inductor.testing import assert_as_accurate, poison
+from fg_inductor.testing_cases import CASES, Case, reference_gradients, reference_result
 
 # Both default and single-key slices, masks, orders, tails, grouped heads, slices that keep nothing.
 CHOSEN = ("dim-128", "full", "gqa-4-2", "bias-padding", "ordered-batch-2", "empty-slices", "tail-n8", "tail-padding")

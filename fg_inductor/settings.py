@@ -3,16 +3,33 @@
 import dataclasses
 import difflib
 import math
-import numbers
-import re
 import reprlib
 from dataclasses import dataclass
 from typing import Any
 
 from fg_inductor import site_settings
-from fg_inductor.kernels.checks import KERNELS, POOLS, REDUCES, TAILS
-from fg_inductor.kernels.mask import GROUPS, SLICES
-from fg_inductor.selectors import registered_selector, selector_names
+from fg_inductor.kernels.checks import KERNELS, REDUCES, TAILS
+from fg_inductor.kernels.mask import GROUPS
+from fg_inductor.option_values import (
+    Schedule,
+    StaticMask,
+    between,
+    fraction,
+    one_of,
+    read_by_head,
+    read_bytes,
+    read_density,
+    read_flag,
+    read_grid,
+    read_length,
+    read_mask,
+    read_pool,
+    read_refresh,
+    read_share,
+    read_slice,
+    read_static,
+)
+from fg_inductor.selectors import registered_selector
 from fg_inductor.site_settings import RULES, Sites
 
 PREFIX = "fgattn."
@@ -21,185 +38,9 @@ WHENS = ("auto", "faster", "always")
 BY_HEAD = ("pooled", "observed", "dfs", "dense")  # masks that a density for each head goes with
 
 
-# Each option has a reader: it returns the value in its own type, or raises ValueError that begins with "must be".
-
-
-def _whole(value) -> int | None:
-    """The value as an int, numpy's included; None for anything else, bool too."""
-    return int(value) if isinstance(value, numbers.Integral) and not isinstance(value, bool) else None
-
-
-def _one_of(*allowed):
-    def read(value):
-        if isinstance(allowed[0], int):
-            value = value if _whole(value) is None else _whole(value)
-        # By type too: True is not 1.
-        if not any(type(value) is type(a) and value == a for a in allowed):
-            near = difflib.get_close_matches(str(value), map(str, allowed), 1)
-            hint = f"; did you mean {near[0]!r}?" if near and isinstance(value, str) else ""
-            raise ValueError(f"must be one of {', '.join(map(repr, allowed))}{hint}")
-        return value
-
-    return read
-
-
-def _mask(value):
-    return _one_of(*selector_names())(value)
-
-
-@dataclass(frozen=True)
-class StaticMask:
-    """What ``fgattn.static`` describes; ``kernels/select_static.py`` says what each means. The window is in tiles."""
-
-    tile: tuple[int, int, int] = (2, 8, 8)
-    window: tuple[int, ...] = ()
-    radius: float = 0.0
-    ranges: tuple[int, ...] = ()
-
-
-def _static(value):
-    if value is None or isinstance(value, StaticMask):
-        return value
-    names = [f.name for f in dataclasses.fields(StaticMask)]
-    if not isinstance(value, dict) or not set(value) <= set(names) or not set(value) - {"tile"}:
-        raise ValueError(f"must be a dict with some of {', '.join(map(repr, names))}, a rule besides the tile, or None")
-    read = dict(value)
-    for name in ("tile", "window", "ranges"):
-        if name in read:
-            numbers_ = tuple(map(_whole, read[name])) if isinstance(read[name], (tuple, list)) else (None,)
-            smallest = 0 if name == "ranges" else 1
-            if any(x is None or x < smallest for x in numbers_):
-                raise ValueError(f"must have whole numbers, {smallest} or more, in {name!r}")
-            read[name] = numbers_
-    if len(read.get("tile", (1, 1, 1))) != 3:
-        raise ValueError("must have a 'tile' of three sizes: time, height, width")
-    if "window" in read and (len(read["window"]) != 3 or any(x % 2 == 0 for x in read["window"])):
-        raise ValueError("must have a 'window' of three odd numbers of tiles: time, height, width")
-    if len(read.get("ranges", ())) % 2:
-        raise ValueError("must have 'ranges' of [start, end) pairs: an even number of tokens")
-    radius = read.get("radius", 0.0)
-    if isinstance(radius, bool) or not isinstance(radius, numbers.Real) or not 0 <= radius < math.inf:
-        raise ValueError("must have a 'radius' of 0 tokens or more")
-    return StaticMask(**read | {"radius": float(radius)})
-
-
-def _pool(value):
-    if isinstance(value, str) and value == "auto":
-        return value
-    if _whole(value) not in POOLS:
-        raise ValueError(f"must be 'auto' or one of {', '.join(map(str, POOLS))}")
-    return _whole(value)
-
-
-def _slice(value):
-    if isinstance(value, str) and value == "auto":
-        return value
-    m, _, n = value.partition("x") if isinstance(value, str) else ("", "", "")
-    if not (m.isdecimal() and n.isdecimal() and int(m) in SLICES and int(n) in GROUPS):
-        raise ValueError(f"must be 'auto', or 'MxN', M queries in {SLICES} by N keys in {GROUPS}, such as '128x8'")
-    return f"{int(m)}x{int(n)}"
-
-
-def _fraction(optional=False):
-    def read(value):
-        if optional and value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value <= 1:
-            raise ValueError("must be a number in (0, 1]" + (" or None" if optional else ""))
-        return float(value)
-
-    return read
-
-
-def _between(high):
-    def read(value):
-        if value is None:
-            return None
-        if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < high:
-            raise ValueError("must be a positive number" + (f" below {high}" if high < math.inf else "") + " or None")
-        return float(value)
-
-    return read
-
-
-def _share(value):
-    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value <= 1:
-        raise ValueError("must be a number in [0, 1]")
-    return float(value)
-
-
-def _flag(value):
-    if not isinstance(value, bool):
-        raise ValueError("must be True or False")
-    return value
-
-
-def _length(value):
-    tokens = _whole(value)
-    if tokens is None or tokens < 0:
-        raise ValueError("must be a number of tokens, 0 or more")
-    return tokens
-
-
-def _grid(value):
-    if value is None or (isinstance(value, str) and value == "auto"):
-        return value
-    sides = tuple(map(_whole, value)) if isinstance(value, (tuple, list)) else ()
-    if len(sides) != 3 or any(x is None or x < 1 for x in sides):
-        raise ValueError("must be (T, H, W), the tokens of the video in time, height and width; 'auto'; or None")
-    return sides
-
-
-@dataclass(frozen=True)
-class Schedule:
-    """A density by steps: (share of the steps, density from there on), from 0 on in order."""
-
-    steps: tuple[tuple[float, float], ...]
-
-
-def _density(value):
-    """A share of the groups, None, or a dict {share of the steps: density from there on}."""
-    if not isinstance(value, dict):
-        return _fraction(optional=True)(value)
-    pairs = sorted((_share(start), _fraction()(density)) for start, density in value.items())
-    if not pairs or pairs[0][0] != 0 or pairs[-1][0] == 1:
-        raise ValueError("must begin at 0 and end before 1, as {0: 0.3, 0.5: 0.2}: from half of the steps on 0.2")
-    return Schedule(tuple(pairs))
-
-
-def _bytes(value):
-    if value is not None and (_whole(value) is None or _whole(value) < 1):
-        raise ValueError("must be a number of bytes, 1 or more, or None")
-    return value if value is None else _whole(value)
-
-
-def _refresh(value):
-    word, _, number = value.partition(" ") if isinstance(value, str) else ("", "", "")
-    if word == "every" and number.isdecimal() and int(number) > 0:
-        return f"every {int(number)}"
-    if word == "drift" and re.fullmatch(r"0?\.\d+", number) and float(number) > 0:
-        return f"drift {float(number):g}"
-    steps = tuple(map(_whole, value)) if isinstance(value, (tuple, list)) else (None,)
-    if any(x is None or x < 0 for x in steps):
-        raise ValueError(
-            "must be 'every N', N a number of steps; 'drift X', X a fall of the kept mass between 0 and 1; or a list "
-            "of steps, the first of which is 0"
-        )
-    return tuple(sorted(set(steps)))
-
-
-def _by_head(value):
-    """A share of the groups for all heads, or a list of one for each."""
-    if not isinstance(value, (list, tuple)):
-        return _fraction(optional=True)(value)
-    if not value:
-        raise ValueError("must be a number in (0, 1], a list of one for each head, or None")
-    return tuple(map(_fraction(), value))
-
-
 def _sites(value):
     readers = {f.name: f.metadata["read"] for f in dataclasses.fields(Settings) if f.name in site_settings.NAMES}
-    return site_settings.read(value, readers | {"density": _by_head})
+    return site_settings.read(value, readers | {"density": read_by_head})
 
 
 def _option(default, read, text):
@@ -212,65 +53,65 @@ class Settings:
 
     mask: str = _option(
         "pooled",
-        _mask,
+        read_mask,
         "selector that makes the mask: 'pooled' (at run time), 'observed' (exact, kept over steps), 'dfs' (DFSAttn's "
         "blocks), 'static' (by place alone), 'dense', or one of your own (`docs/selectors.md`)",
     )
     slice: str = _option(
         "auto",
-        _slice,
+        read_slice,
         "M queries by N keys that are kept or dropped together; 'auto': 128x16 where the token grid is known, else "
         "128x8",
     )
     density: "float | Schedule | tuple[float, ...] | None" = _option(  # noqa: RUF009 (by head from ``sites`` alone)
         None,
-        _density,
+        read_density,
         "share of its key groups that a slice keeps; 0.3 where nothing else is given. A dict gives one by steps: "
         "`{0: 0.3, 0.5: 0.2}` is 0.2 from half of them on; needs `fg_inductor.denoising`",
     )
     top_p: float | None = _option(
-        None, _fraction(optional=True), "instead of density: share of the estimated attention mass to keep, in (0, 1]"
+        None, fraction(optional=True), "instead of density: share of the estimated attention mass to keep, in (0, 1]"
     )
-    max_density: float = _option(1.0, _fraction(), "bound on the share of key groups that top_p keeps")
+    max_density: float = _option(1.0, fraction(), "bound on the share of key groups that top_p keeps")
     pool: int | str = _option(
-        "auto", _pool, "queries in one mean of the pooled score; 'auto': 16, and the whole slice where N is 1"
+        "auto", read_pool, "queries in one mean of the pooled score; 'auto': 16, and the whole slice where N is 1"
     )
     reduce: str = _option(
-        "sum", _one_of(*REDUCES), "how the means of a slice are joined: 'sum' of their estimates, or the 'max'"
+        "sum", one_of(*REDUCES), "how the means of a slice are joined: 'sum' of their estimates, or the 'max'"
     )
     gamma: float | None = _option(
-        None, _between(1), "self-similarity (mean cosine with the mean) below which slices and groups are kept whole"
+        None, between(1), "self-similarity (mean cosine with the mean) below which slices and groups are kept whole"
     )
     alpha: float | None = _option(
-        None, _between(math.inf), "instead of density: keep groups above alpha times the uniform probability"
+        None, between(math.inf), "instead of density: keep groups above alpha times the uniform probability"
     )
     static: StaticMask | None = _option(  # noqa: RUF009
         None,
-        _static,
+        read_static,
         "what the mask 'static' keeps: a dict of 'tile', 'window', 'radius' and 'ranges' (`docs/selectors.md`)",
     )
-    tail: str = _option(
-        "none", _one_of(*TAILS), "dropped keys: 'none', or 'pooled' (one summary key for each 128 keys)"
-    )
+    tail: str = _option("none", one_of(*TAILS), "dropped keys: 'none', or 'pooled' (one summary key for each 128 keys)")
     token_grid: tuple[int, int, int] | str | None = _option(
-        "auto", _grid, "(T, H, W) of the video tokens, 'auto' (read off the graph), or None"
+        "auto", read_grid, "(T, H, W) of the video tokens, 'auto' (read off the graph), or None"
     )
-    min_seq: int = _option(4096, _length, "tokens; sites with fewer queries or keys stay dense")
+    min_seq: int = _option(4096, read_length, "tokens; sites with fewer queries or keys stay dense")
     dense_first: float = _option(
-        0.0, _share, "share of the denoising steps, the first ones, attended densely; needs `fg_inductor.denoising`"
+        0.0, read_share, "share of the denoising steps, the first ones, attended densely; needs `fg_inductor.denoising`"
     )
     refresh: str | tuple[int, ...] = _option(
         "every 8",
-        _refresh,
+        read_refresh,
         "when observed masks are made anew: 'every N' steps; a list of steps, from 0; or 'drift X', where the mass "
         "that they keep has fallen by X",
     )
     state_bytes: int | None = _option(
-        None, _bytes, "bound on the bytes of observed masks; they are kept by larger key groups where they exceed it"
+        None,
+        read_bytes,
+        "bound on the bytes of observed masks; they are kept by larger key groups where they exceed it",
     )
     when: str = _option(
         "auto",
-        _one_of(*WHENS),
+        one_of(*WHENS),
         "'faster': sites where less than 3% is expected to be gained stay dense, by a measurement of the device (once, "
         "seconds); 'always': all are rewritten; 'auto': 'faster' on a GPU, 'always' on CPU",
     )
@@ -282,13 +123,15 @@ class Settings:
     )
     kernel: str = _option(
         "auto",
-        _one_of(*KERNELS),
+        one_of(*KERNELS),
         "'hopper', 'portable', or 'auto' (hopper where card and call allow); a forced one that can't run raises",
     )
-    strict: bool = _option(False, _flag, "raise where a video site cannot be rewritten, instead of leaving it dense")
-    stats: bool = _option(False, _flag, "measure the kept density of each site (costs a pass over the mask)")
-    quiet: bool = _option(False, _flag, "do not print the line at the first compile")
-    inner: str = _option("inductor", _one_of(*INNERS), "what compiles the rewritten graph")
+    strict: bool = _option(
+        False, read_flag, "raise where a video site cannot be rewritten, instead of leaving it dense"
+    )
+    stats: bool = _option(False, read_flag, "measure the kept density of each site (costs a pass over the mask)")
+    quiet: bool = _option(False, read_flag, "do not print the line at the first compile")
+    inner: str = _option("inductor", one_of(*INNERS), "what compiles the rewritten graph")
 
     @classmethod
     def parse(cls, options: dict[str, Any]) -> "Settings":

@@ -8,7 +8,7 @@ eager.refreshes             # how often a mask was observed
 import torch
 from torch import Tensor, nn
 
-from fg_inductor.kernels import ops, reference
+from fg_inductor.kernels import ops, reference, reference_observed
 from fg_inductor.settings import Settings
 
 
@@ -67,8 +67,8 @@ class EagerSchedule:
             share = settings.stages[stage][1].share
             selection = (settings.reduce, settings.mass, share, settings.max_density)
             lse = (query @ key.mT * shape[2]).logsumexp(-1)
-            mask = reference.observed_mask(query, key, lse, *shape, *selection)
-            self.masks[place] = mask, stage, reference.kept_mass(query, key, mask, *shape)
+            mask = reference_observed.observed_mask(query, key, lse, *shape, *selection)
+            self.masks[place] = mask, stage, reference_observed.kept_mass(query, key, mask, *shape)
             self.refreshes += 1
             return self._plain(query, key, value, attn_mask, **kwargs)
         return reference.attention(query, key, value, self.masks[place][0], *shape, settings.tail)[0]
@@ -80,5 +80,5 @@ class EagerSchedule:
         if isinstance(self.settings.refresh, tuple):
             return step in self.settings.refresh
         if self.settings.drift is not None:
-            return bool(reference.kept_mass(query, key, mask, *shape) < kept - self.settings.drift)
+            return bool(reference_observed.kept_mass(query, key, mask, *shape) < kept - self.settings.drift)
         return (step - self.dense) % int(self.settings.refresh.split()[1]) == 0

@@ -1,4 +1,4 @@
 """Operators and kernels; installs as ``fg_inductor.kernels``.
 
-``ops`` holds the schemas (torch only), ``reference`` their meaning, every other file one schedule.
+``ops`` holds the schemas (torch only), ``reference*`` their meaning, every other file one schedule.
 """

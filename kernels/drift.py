@@ -13,7 +13,7 @@ flag     bool scalar    what is decided; ``observe`` reads it
 SAMPLES queries, evenly spread over the query order, of at most HEADS heads, evenly spread too: the keys of a head are
 read once, and that is what it costs, 8 * Sk * D elements (20 us of an H100's memory at 32,760 keys of 128, 0.18% of
 dense attention with 12 heads). Of these queries the shares are exact. They are formed before the mask is observed,
-where the host has not spoken, and again behind it, where it was. Meaning: ``reference.update_observed``.
+where the host has not spoken, and again behind it, where it was. Meaning: ``reference_observed.update_observed``.
 """
 
 import torch
@@ -23,8 +23,8 @@ from torch import Tensor
 
 from fg_inductor.kernels import observe
 from fg_inductor.kernels.observe import load_keys, load_queries
-from fg_inductor.kernels.reference import SAMPLED_HEADS as HEADS
-from fg_inductor.kernels.reference import SAMPLED_QUERIES as SAMPLES
+from fg_inductor.kernels.reference_observed import SAMPLED_HEADS as HEADS
+from fg_inductor.kernels.reference_observed import SAMPLED_QUERIES as SAMPLES
 
 KEYS = 128
 PROGRAMS = 512  # enough to keep the memory of a GPU busy

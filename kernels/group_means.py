@@ -11,7 +11,7 @@ Grid   (blocks of q and of k, one after the other)
 
 Accumulates in float32. Serves the pooled queries and grouped keys of ``select_pooled``, both in one launch, and the
 summaries of the pooled tail. It reads q and k once: 201 MB at 12 heads x 32,760 x D 128, 67 us at 3 TB/s.
-Meaning: ``reference.group_means`` and ``reference.pool_queries``.
+Meaning: ``reference.group_means`` and ``reference_select.pool_queries``.
 """
 
 import torch
@@ -133,7 +133,8 @@ def launch_both(
 ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
     """Means of ``pool`` queries in query order [B, Hq, means, D] and of n keys [B, Hkv, groups, D]; None for None.
 
-    With ``gamma`` NaN where slices of m queries, or groups, have less self-similarity (``reference.pooled_scores``).
+    With ``gamma`` NaN where slices of m queries, or groups, have less self-similarity
+    (``reference_select.pooled_scores``).
     """
     x = k if q is None else q
     mean_q, mean_k = (

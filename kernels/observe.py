@@ -19,8 +19,8 @@ flag.
 
 The loop is kept to a multiply-add, an exponential and an addition for each pair. Keys are rows and queries columns: the
 queries of a slice then lie in the registers of four threads, and their sum takes two shuffles. Products are in the
-dtype of q, the rest is float32. Meaning: ``reference.update_observed``. Measured by ``python -m fg_inductor bench
-resources``.
+dtype of q, the rest is float32. Meaning: ``reference_observed.update_observed``. Measured by
+``python -m fg_inductor bench resources``.
 """
 
 import math

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fg_inductor.kernels import choice, reference
+from fg_inductor.kernels import choice, reference, reference_observed, reference_select
 from fg_inductor.kernels.checks import (
     check_attention,
     check_begin,
@@ -100,7 +100,7 @@ def _select_pooled_cuda(q, k, *rest):
     return select_pooled.launch(*_unit_stride(q, k), *rest)
 
 
-torch.library.impl("fgattn::select_pooled", "CPU", _select_pooled(reference.select_pooled))
+torch.library.impl("fgattn::select_pooled", "CPU", _select_pooled(reference_select.select_pooled))
 torch.library.impl("fgattn::select_pooled", "CUDA", _select_pooled(_select_pooled_cuda))
 # The mask is not differentiated.
 torch.library.register_autograd("fgattn::select_pooled", lambda ctx, grad: (None,) * 18)
@@ -147,7 +147,8 @@ def _keep_dense_fake(mask, order, queries, keys, m, n, dense_keys, dense_queries
 
 def _keep_dense(mask, order, queries, keys, m, n, dense_keys, dense_queries):
     check_ranges("keep_dense", dense_keys, dense_queries)
-    return reference.keep_dense(mask, order, queries, keys, m, n, list(dense_keys), list(dense_queries)).contiguous()
+    ranges = list(dense_keys), list(dense_queries)
+    return reference_select.keep_dense(mask, order, queries, keys, m, n, *ranges).contiguous()
 
 
 for _name, _run, _inputs in (
@@ -224,9 +225,9 @@ def _update_observed_cuda(q, k, lse, mask, *rest):
         drifting.note(q, k, mask, *arguments[:5], due, drift)
 
 
-torch.library.impl("fgattn::begin_observed_", "CPU", _begin_observed(reference.begin_observed))
+torch.library.impl("fgattn::begin_observed_", "CPU", _begin_observed(reference_observed.begin_observed))
 torch.library.impl("fgattn::begin_observed_", "CUDA", _begin_observed(_begin_observed_cuda))
-torch.library.impl("fgattn::update_observed_", "CPU", _update_observed(reference.update_observed))
+torch.library.impl("fgattn::update_observed_", "CPU", _update_observed(reference_observed.update_observed))
 torch.library.impl("fgattn::update_observed_", "CUDA", _update_observed(_update_observed_cuda))
 
 

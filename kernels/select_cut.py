@@ -14,7 +14,7 @@ scores are taken by index: groups at the cut are packed to bits like those above
 mask is a function of the scores alone. The row stays in registers, float16 scores in pairs: 64 registers a thread hold
 131,072 groups in 32 warps. A pass is four instructions a group (convert, compare, select, add): at 12 heads x 256
 slices x 4,095 groups 12.6 million groups, 1.8 us of an H100's ALUs. Forced groups (NaN scores, ``dense_keys``) come
-before all others and count with their mass. Meaning: ``reference.select_pooled``.
+before all others and count with their mass. Meaning: ``reference_select.select_pooled``.
 """
 
 import torch

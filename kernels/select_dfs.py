@@ -14,7 +14,7 @@ Plain PyTorch on every device, one head at a time, so that the scores of one hea
 import torch
 from torch import Tensor
 
-from fg_inductor.kernels import reference
+from fg_inductor.kernels import reference_select
 from fg_inductor.kernels.mask import pack, slice_count, word_count
 
 TILE = 16
@@ -25,11 +25,11 @@ def block_scores(q: Tensor, k: Tensor, key_bias: Tensor | None, order: Tensor, s
     """score [B, Hq, T, blocks] of blocks of 128 keys in ``order``, NaN where one is NaN, and valid bool [B, blocks]."""
     index = order.long()
     bias = None if key_bias is None else key_bias[:, index]
-    score, valid = reference.pooled_scores(q, k[:, :, index], bias, order, scale, m, TILE, TILE)
+    score, valid = reference_select.pooled_scores(q, k[:, :, index], bias, order, scale, m, TILE, TILE)
     tiles = BLOCK // TILE
     padding = -valid.shape[-1] % tiles
     score = torch.nn.functional.pad(score, (0, padding)).unflatten(-1, (-1, tiles)).sum(-1)
-    return score, reference.any_in_chunks(valid, tiles)
+    return score, reference_select.any_in_chunks(valid, tiles)
 
 
 def select_dfs(
@@ -57,9 +57,9 @@ def select_dfs(
         score, valid = block_scores(q[:, h : h + 1], k[:, one], key_bias, order, scale, m)
         valid, forced = valid[:, None, None], score.isnan()
         limit = (valid.sum(-1, keepdim=True).double() * densities[h] + 0.5).floor().clamp_min(1)
-        ranked = reference.ranking(score.nan_to_num(0, 0, 0), forced, valid)
+        ranked = reference_select.ranking(score.nan_to_num(0, 0, 0), forced, valid)
         kept = torch.arange(score.shape[-1], device=q.device) < limit
         keep = torch.zeros_like(forced).scatter(-1, ranked, kept.expand_as(ranked).contiguous())
         keep = (keep | forced) & valid
-        mask[:, h : h + 1] = pack(reference.any_in_chunks(keep[..., block_of_key], n), words)
+        mask[:, h : h + 1] = pack(reference_select.any_in_chunks(keep[..., block_of_key], n), words)
     return mask

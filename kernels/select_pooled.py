@@ -5,7 +5,7 @@
 
 Four launches: ``group_means`` of q and of k, the normalisers and the scores (``select_scores``, one more for the bias
 of groups where there is a key_bias), and the cut (``select_cut``); the last two again for each part of the heads whose
-scores fit the workspace. Nothing waits for the device. Meaning: ``reference.select_pooled``.
+scores fit the workspace. Nothing waits for the device. Meaning: ``reference_select.select_pooled``.
 """
 
 import torch

@@ -17,7 +17,7 @@ x D 128 26 GFLOP, 27 us of the exponential unit (16 a clock and SM). Writing the
 twice would move 400 MB. So the inner loops are kept to that: a pivot per row (the maximum of its first block) in
 place of a running maximum, checked at the end (``_row_lse``), and in ``_scores`` the groups as rows and the means as
 columns, ordered so that the P means of a slice lie in one thread's registers and are summed without a shuffle.
-Products are in the dtype of q, everything after them in float32. Meaning: ``reference.pooled_scores``.
+Products are in the dtype of q, everything after them in float32. Meaning: ``reference_select.pooled_scores``.
 """
 
 import math

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fg_inductor.kernels.mask import pack, slice_count, word_count
-from fg_inductor.kernels.reference import any_in_chunks, in_ranges
+from fg_inductor.kernels.reference_select import any_in_chunks, in_ranges
 
 
 def tile_pairs(grid: list[int], tile: list[int], window: list[int], radius: float, device: torch.device) -> Tensor:

@@ -83,6 +83,24 @@ def one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.fixture
+def import_example(monkeypatch):
+    """Imports a module of examples/ as ``python examples/NAME.py`` does; behind the test none of them stays."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    yield importlib.import_module
+    for path in (ROOT / "examples").glob("*.py"):
+        sys.modules.pop(path.stem, None)
+
+
+@pytest.fixture
+def script(request, tmp_path, monkeypatch):
+    """The path of a file with the SCRIPT of the test's module; ``sys.path`` will be what it was."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    path = tmp_path / "script.py"
+    path.write_text(request.module.SCRIPT)
+    return path
+
+
 def _global_state() -> dict:
     return {
         "torch.get_default_dtype()": torch.get_default_dtype(),

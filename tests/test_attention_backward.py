@@ -8,19 +8,8 @@ import torch.nn.functional as F
 
 from fg_inductor.kernels import attention_backward, attention_backward_keys, attention_forward, ops
 from fg_inductor.kernels.mask import GROUPS, SLICES, group_count, pack, word_count
-from fg_inductor.testing import (
-    CASES,
-    Case,
-    assert_as_accurate,
-    assert_l2_as_accurate,
-    exact_attention,
-    make_groups,
-    make_key_bias,
-    make_qkv,
-    random_mask,
-    reference_gradients,
-    reference_result,
-)
+from fg_inductor.testing import assert_as_accurate, assert_l2_as_accurate, make_key_bias, make_qkv, random_mask
+from fg_inductor.testing_cases import CASES, Case, exact_attention, make_groups, reference_gradients, reference_result
 
 CUDA = torch.cuda.is_available()
 # The interpreter's dot does not know bfloat16.

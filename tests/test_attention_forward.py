@@ -6,7 +6,8 @@ import torch
 
 from fg_inductor.kernels import attention_forward, column_lists, work_order
 from fg_inductor.kernels.mask import GROUPS, SLICES, group_count, pack, unpack, word_count
-from fg_inductor.testing import CASES, Case, assert_as_accurate, make_groups, reference_result
+from fg_inductor.testing import assert_as_accurate
+from fg_inductor.testing_cases import CASES, Case, make_groups, reference_result
 
 CUDA = torch.cuda.is_available()
 # The interpreter's dot does not know bfloat16.

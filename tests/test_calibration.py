@@ -222,14 +222,6 @@ def nothing():
 """
 
 
-@pytest.fixture
-def script(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    path = tmp_path / "script.py"
-    path.write_text(SCRIPT)
-    return path
-
-
 def test_command_line(script, tmp_path, capsys):
     file = tmp_path / "settings.json"
     options = ["--option", "fgattn.min_seq=1", "--option", "fgattn.slice=16x8"]

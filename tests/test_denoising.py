@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from denoising_loops import compile_blocks, compile_forward, compile_in_place, compile_whole
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -203,26 +204,6 @@ def test_says_that_nobody_counts(caplog):
 
 
 # Dense first steps
-
-
-def compile_whole(model, options):
-    return torch.compile(model, backend="fgattn", options=options, fullgraph=True)
-
-
-def compile_in_place(model, options):
-    model.compile(backend="fgattn", options=options, fullgraph=True)
-    return model
-
-
-def compile_forward(model, options):
-    model.forward = torch.compile(model.forward, backend="fgattn", options=options, fullgraph=True)
-    return model
-
-
-def compile_blocks(model, options):
-    for block in model.blocks:
-        block.compile(backend="fgattn", options=options, fullgraph=True)
-    return model
 
 
 def steps_that_are_dense(model, exact, options, steps=4, calls=1):

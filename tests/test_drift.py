@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fg_inductor.kernels import ops, reference
+from fg_inductor.kernels import ops, reference, reference_observed
 from fg_inductor.kernels.mask import group_count, slice_count, unpack, word_count
 from fg_inductor.testing_selection import SelectionCase as Case
 
@@ -51,13 +51,13 @@ def kept_of_rows(q, k, mask, bias, order, scale, m, n):
 def test_the_sample_is_of_the_kept_mass(case):
     q, k, rest = arguments(case, torch.float64)
     lse = reference.attention(q, k, k, reference.full_mask(q, k, case.m, case.n), *rest[:5])[1]
-    mask = reference.observed_mask(q, k, lse, *rest)
+    mask = reference_observed.observed_mask(q, k, lse, *rest)
     share = kept_of_rows(q, k, mask, *rest[:5])
     places = [(2 * i + 1) * case.queries // 64 for i in range(32)]
     rows = places if rest[1] is None else rest[1][places].long().tolist()
     heads = [i * case.heads // min(8, case.heads) for i in range(min(8, case.heads))]
     expected = share[:, heads][:, :, rows].mean().float()
-    torch.testing.assert_close(reference.kept_mass(q, k, mask, *rest[:5]), expected)
+    torch.testing.assert_close(reference_observed.kept_mass(q, k, mask, *rest[:5]), expected)
     if case.id != "entry":
         assert 0 < expected < 1
 
@@ -68,7 +68,7 @@ def test_what_is_sampled_of_a_random_mask_is_its_density():
     q = k = torch.zeros(1, 2, 4096, 64)
     generator = torch.Generator().manual_seed(0)
     mask = torch.randint(-(2**31), 2**31, (1, 2, 256, 128), generator=generator).int()
-    kept = reference.kept_mass(q, k, mask, None, None, 1.0, case.m, case.n)
+    kept = reference_observed.kept_mass(q, k, mask, None, None, 1.0, case.m, case.n)
     assert abs(kept - 0.5) < 4 * (0.25 / (64 * 4096)) ** 0.5  # four standard errors
 
 
@@ -165,7 +165,7 @@ def test_kernels_find_the_share(case, dtype, device, poison):
     q, k, rest = arguments(case, dtype, device)
     mask, state = empty_mask(case, device), torch.zeros(3, device=device)
     run_kernels(q, k, mask, rest, torch.tensor(True, device=device), state, 0.5)
-    exact = reference.kept_mass(q.double(), k.double(), mask, *rest[:5])
+    exact = reference_observed.kept_mass(q.double(), k.double(), mask, *rest[:5])
     shift = q.float() @ k.float().repeat_interleave(q.shape[1] // k.shape[1], 1).mT * rest[2]
     shift = shift - q.double() @ k.double().repeat_interleave(q.shape[1] // k.shape[1], 1).mT * rest[2]
     budget = 2 * (2 * shift.abs().max().item() + 2**-20)  # a logit off by x moves a share by 2x at most

@@ -1,9 +1,6 @@
 """The examples with real pipelines, run with tiny random ones; and the figures that they print."""
 
-import importlib
-import sys
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,18 +11,13 @@ from fg_inductor import toy_models
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 NAMES = ("video_metrics", "compare_pipelines", "wan_text_to_video", "hunyuan_video")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def examples(monkeypatch):
-    """The modules, imported as ``python examples/NAME.py`` imports them."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-    yield types.SimpleNamespace(**{name: importlib.import_module(name) for name in NAMES})
-    for name in NAMES:
-        sys.modules.pop(name, None)
+def examples(import_example):
+    return types.SimpleNamespace(**{name: import_example(name) for name in NAMES})
 
 
 # Figures

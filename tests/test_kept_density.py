@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fg_inductor.kernels import kept_density, reference
-from fg_inductor.testing import CASES, reference_result
+from fg_inductor.testing_cases import CASES, reference_result
 
 IDS = ("m128-n1-words", "m16-n128", "fewer-keys-than-group", "batch-2-bshd", "full", "nothing-kept")
 IDS += ("bias-padding", "bias-float", "tail-padding")  # groups masked in part, and as a whole

@@ -1,7 +1,6 @@
 """The command line."""
 
 import json
-import sys
 
 import pytest
 
@@ -59,14 +58,6 @@ def nothing():
     return Stack(1)
 """
 SHORT = ["--option", "fgattn.min_seq=1", "--option", "fgattn.slice=16x8", "--option", "fgattn.density=0.5"]
-
-
-@pytest.fixture
-def script(tmp_path, monkeypatch):
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    path = tmp_path / "script.py"
-    path.write_text(SCRIPT)
-    return path
 
 
 @pytest.mark.parametrize(("function", "sites"), [("positional", 2), ("by_name", 1)])

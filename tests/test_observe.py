@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fg_inductor.kernels import ops, reference
+from fg_inductor.kernels import ops, reference, reference_observed
 from fg_inductor.kernels.mask import GROUPS, SLICES, group_count, slice_count, unpack, word_count
 from fg_inductor.testing_selection import SelectionCase as Case
 from fg_inductor.testing_selection import assert_differs_at_the_cut_only
@@ -91,7 +91,7 @@ def test_reference_mass(case):
     rows = torch.arange(case.queries) if order is None else order.long()
     bias_row = reference.normalise_key_bias(bias, torch.float64)
     lse = dense_lse(q, k, bias, scale)
-    mass = reference.column_mass(q, k, lse, bias_row, rows, scale, m, n, reduce).nan_to_num(0)
+    mass = reference_observed.column_mass(q, k, lse, bias_row, rows, scale, m, n, reduce).nan_to_num(0)
     torch.testing.assert_close(mass, dense_mass(q, k, bias, order, scale, m, n, reduce))
 
 
@@ -100,15 +100,15 @@ def test_reference_in_chunks(case):
     """A slice at a time or all at once: the same bits are chosen."""
     q, k, rest = arguments(case)
     lse = dense_lse(q, k, rest[0], rest[2])
-    whole = reference.observed_mask(q, k, lse, *rest)
-    assert torch.equal(reference.observed_mask(q, k, lse, *rest, chunk_elements=1), whole)
+    whole = reference_observed.observed_mask(q, k, lse, *rest)
+    assert torch.equal(reference_observed.observed_mask(q, k, lse, *rest, chunk_elements=1), whole)
 
 
 def test_top_p_is_reached_and_no_group_too_many():
     case = CASES[0]
     q, k, rest = arguments(case, torch.float64)
     lse = dense_lse(q, k, rest[0], rest[2])
-    keep = unpack(reference.observed_mask(q, k, lse, *rest), group_count(case.keys, case.n))
+    keep = unpack(reference_observed.observed_mask(q, k, lse, *rest), group_count(case.keys, case.n))
     mass = dense_mass(q, k, *rest[:6])
     kept = torch.where(keep, mass, 0)
     share = kept.sum(-1) / mass.sum(-1)
@@ -143,7 +143,7 @@ def test_refreshes_only_when_told(case, poison):
     out = observe(q, k, mask, rest, True)
     dense, lse = reference.attention(q, k, k, reference.full_mask(q, k, m, n), *rest[:5])
     assert torch.equal(out, dense)
-    assert torch.equal(mask, reference.observed_mask(q, k, lse, *rest))
+    assert torch.equal(mask, reference_observed.observed_mask(q, k, lse, *rest))
     assert mask.data_ptr() == address
 
 
@@ -199,7 +199,7 @@ def check(case: Case, dtype, device):
     groups = group_count(case.keys, n)
     assert not unpack(mask, mask.shape[-1] * 32)[..., groups:].any(), "unused bits must be 0"
     keep = unpack(mask, groups)
-    exact_keep = unpack(reference.observed_mask(q.double(), k.double(), lse.double(), *rest), groups)
+    exact_keep = unpack(reference_observed.observed_mask(q.double(), k.double(), lse.double(), *rest), groups)
     mass = dense_mass(q.double(), k.double(), bias, order, scale, m, n, reduce)
     shift = (q.float() @ k.float().repeat_interleave(q.shape[1] // k.shape[1], 1).mT * scale).double()
     shift -= q.double() @ k.double().repeat_interleave(q.shape[1] // k.shape[1], 1).mT * scale
@@ -251,7 +251,7 @@ def test_kernels_keep_what_is_not_finite(value, reduce, device, poison):
     _, lse = reference.attention(q, k, k, reference.full_mask(q, k, rest[3], 1), *rest[:5])
     mask = empty_mask(replace(CASES[1], n=1, keys=150), device)
     observe.launch(q, k, lse, mask, *rest, torch.tensor(True, device=device))
-    assert torch.equal(mask, reference.observed_mask(q, k, lse, *rest))
+    assert torch.equal(mask, reference_observed.observed_mask(q, k, lse, *rest))
     assert value == torch.inf or unpack(mask, 150)[0, 1, 1].all()
     assert not unpack(mask, 150)[0, 1, 0].all()
 

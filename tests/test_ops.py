@@ -12,15 +12,8 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from fg_inductor.kernels import ops, reference
 from fg_inductor.kernels.checks import TAILS
 from fg_inductor.kernels.mask import unpack
-from fg_inductor.testing import (
-    Case,
-    assert_as_accurate,
-    make_key_bias,
-    make_qkv,
-    random_mask,
-    reference_gradients,
-    reference_result,
-)
+from fg_inductor.testing import assert_as_accurate, make_key_bias, make_qkv, random_mask
+from fg_inductor.testing_cases import Case, reference_gradients, reference_result
 
 pytestmark = pytest.mark.usefixtures("poison", "one_thread")
 

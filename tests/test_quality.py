@@ -1,6 +1,5 @@
 """The quality example at a small size: with everything kept nothing changes, with less something does."""
 
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -9,7 +8,6 @@ import pytest
 import torch
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
-NAMES = ("quality", "tiny_dit", "video_metrics")
 SMALL = ["--device", "cpu", "--frames", "3", "--side", "64", "--steps", "3", "--seeds", "0", "1"]
 
 pytest.importorskip("diffusers")
@@ -17,10 +15,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 @pytest.fixture
-def quality(monkeypatch, tmp_path):
+def quality(import_example, monkeypatch, tmp_path):
     """Runs it; returns its module and what it wrote."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-    module = importlib.import_module("quality")
+    module = import_example("quality")
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["quality.py", *SMALL, *arguments, "--out", str(tmp_path / "q")])
@@ -28,9 +25,7 @@ def quality(monkeypatch, tmp_path):
         assert (tmp_path / "q.png").stat().st_size > 10_000
         return json.loads((tmp_path / "q.json").read_text())
 
-    yield module, run
-    for name in NAMES:
-        sys.modules.pop(name, None)
+    return module, run
 
 
 def test_everything_kept_and_half(quality):

@@ -1,27 +1,19 @@
 """The quickstart at a small size, without Inductor; the real one is run by .ci/run."""
 
-import importlib
 import json
 import sys
-from pathlib import Path
 
 import matplotlib.image
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SMALL = ("--frames", "4", "--side", "64", "--steps", "3")  # 256 tokens
 OPTIONS = {"fgattn.min_seq": 1, "fgattn.slice": "32x8", "fgattn.inner": "eager", "fgattn.quiet": True}
 
 
 @pytest.fixture
-def modules(monkeypatch):
-    """quickstart and tiny_dit, imported as ``python examples/quickstart.py`` imports them."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-    names = ("quickstart", "tiny_dit", "pictures")
-    yield [importlib.import_module(name) for name in names[:2]]
-    for name in names:
-        sys.modules.pop(name, None)
+def modules(import_example):
+    return import_example("quickstart"), import_example("tiny_dit")
 
 
 @pytest.fixture

@@ -12,9 +12,10 @@ from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 import fg_inductor
+from fg_inductor.option_values import StaticMask
 from fg_inductor.passes import sdpa
 from fg_inductor.report import COLUMNS, Meter, Report, summary
-from fg_inductor.settings import Settings, StaticMask
+from fg_inductor.settings import Settings
 from fg_inductor.toy_models import SHORT, SelfAttention, Stack, tokens
 
 EAGER = {**SHORT, "fgattn.inner": "eager", "fgattn.density": 0.5}

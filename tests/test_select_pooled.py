@@ -1,4 +1,4 @@
-"""The portable selector against ``reference.select_pooled``; in Triton's interpreter where there is no GPU.
+"""The portable selector against ``reference_select.select_pooled``; in Triton's interpreter where there is no GPU.
 
 The kernel's products are in the dtype of q, so its mask may differ from the exact one in groups whose score lies at the
 cut, closer to it than plain PyTorch errs in that dtype; nowhere else.
@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import pytest
 import torch
 
-from fg_inductor.kernels import reference, select_cut, select_pooled, select_scores
+from fg_inductor.kernels import reference, reference_select, select_cut, select_pooled, select_scores
 from fg_inductor.kernels.mask import GROUPS, SLICES, group_count, unpack
 from fg_inductor.testing import make_qkv
 from fg_inductor.testing_selection import SelectionCase, assert_differs_at_the_cut_only
@@ -109,11 +109,11 @@ def score_error(scoring, exact):
     acc = torch.float32
     order, bias = head[1], reference.normalise_key_bias(head[0], acc)
     rows = q if order is None else q[:, :, order.long()]
-    mean_q = reference.pool_queries(rows.float(), m, min(pool, m))[0].to(q.dtype).float()
+    mean_q = reference_select.pool_queries(rows.float(), m, min(pool, m))[0].to(q.dtype).float()
     mean_k = reference.group_means(k.float(), bias, n).to(k.dtype).float()
     mean_k = mean_k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     logits = torch.einsum("bhtpd,bhgd->bhtpg", mean_q, mean_k) * head[2]
-    exact_q = reference.pool_queries(rows.double(), m, min(pool, m))[0]
+    exact_q = reference_select.pool_queries(rows.double(), m, min(pool, m))[0]
     exact_k = reference.group_means(k.double(), None if bias is None else bias.double(), n)
     exact_k = exact_k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     shift = (logits - torch.einsum("bhtpd,bhgd->bhtpg", exact_q, exact_k) * head[2]).abs().max().item()
@@ -127,12 +127,12 @@ def check(case: Case, dtype, device):
     scoring, selection = arguments(case, dtype, device)
     mask = select_pooled.launch(*scoring, *selection)
     q, k, *rest = scoring
-    exact_mask = reference.select_pooled(q.double(), k.double(), *rest, *selection)
+    exact_mask = reference_select.select_pooled(q.double(), k.double(), *rest, *selection)
     groups = group_count(case.keys, case.n)
     assert mask.shape == exact_mask.shape and mask.dtype == torch.int32
     assert not unpack(mask, mask.shape[-1] * 32)[..., groups:].any(), "unused bits must be 0"
     keep, exact_keep = unpack(mask, groups), unpack(exact_mask, groups)
-    score, valid = reference.pooled_scores(q.double(), k.double(), *rest, case.reduce, case.gamma)
+    score, valid = reference_select.pooled_scores(q.double(), k.double(), *rest, case.reduce, case.gamma)
     unknown = score.isnan()
     assert unknown.any() == (case.gamma is not None) and not unknown.all(), "the gate must hold back some, and not all"
     assert (keep | ~unknown).all(), "a group without a score was dropped"
@@ -195,7 +195,7 @@ def test_scores_far_from_the_first_block(rise, device, poison):
     k = 0.3 * k + k.abs() * (torch.arange(600, device=device) // 150)[:, None] * rise * 20
     scoring, selection = (q, k, None, None, 0.125, 64, 1, 16), (0.9, None, 1.0, [], [])
     keep = unpack(select_pooled.launch(*scoring, *selection), 600)
-    assert torch.equal(keep, unpack(reference.select_pooled(*scoring, *selection), 600))
+    assert torch.equal(keep, unpack(reference_select.select_pooled(*scoring, *selection), 600))
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def test_not_finite_scores_are_kept(value, reduce, device, poison):
     q, k, *rest = scoring
     k[0, 0, 77, 3] = value
     keep = unpack(select_pooled.launch(q, k, *rest, *selection), 150)
-    exact = unpack(reference.select_pooled(q, k, *rest, *selection), 150)
+    exact = unpack(reference_select.select_pooled(q, k, *rest, *selection), 150)
     assert torch.equal(keep, exact)
     assert value == torch.inf or keep[0, 0, :, 77].all()
     k[0, 0, 77, 3] = 0

@@ -15,7 +15,8 @@ from fg_inductor import selectors
 from fg_inductor.kernels import ops, select_dfs
 from fg_inductor.kernels.mask import group_count, pack, slice_count, unpack, word_count
 from fg_inductor.kernels.query_order import hilbert_index, query_order
-from fg_inductor.settings import Settings, StaticMask
+from fg_inductor.option_values import StaticMask
+from fg_inductor.settings import Settings
 from fg_inductor.testing import make_key_bias, make_qkv, random_mask
 from fg_inductor.testing_passes import SMALL, PassBackend, run_pass
 from fg_inductor.toy_models import SHORT, SelfAttention, count_calls, tokens

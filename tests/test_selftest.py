@@ -6,7 +6,7 @@ import torch
 from fg_inductor import selftest
 from fg_inductor.__main__ import main
 from fg_inductor.kernels import ops
-from fg_inductor.testing import CASES
+from fg_inductor.testing_cases import CASES
 
 
 @pytest.fixture(autouse=True)

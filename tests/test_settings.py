@@ -5,7 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from fg_inductor.settings import Schedule, Settings, StaticMask, options_table
+from fg_inductor.option_values import Schedule, StaticMask
+from fg_inductor.settings import Settings, options_table
 
 ACCEPTED = [
     ("density", 1, 1.0),

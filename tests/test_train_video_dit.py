@@ -1,6 +1,5 @@
 """The training example at a small size, without Inductor."""
 
-import importlib
 import json
 import re
 import sys
@@ -30,11 +29,8 @@ OPTIONS = {"fgattn.min_seq": 1, "fgattn.slice": "16x8", "fgattn.inner": "eager",
 
 
 @pytest.fixture
-def example(monkeypatch):
-    """The example, imported as ``python examples/train_video_dit.py`` imports it."""
-    monkeypatch.syspath_prepend(EXAMPLES)
-    yield importlib.import_module("train_video_dit")
-    sys.modules.pop("train_video_dit", None)
+def example(import_example):
+    return import_example("train_video_dit")
 
 
 @pytest.fixture

@@ -114,15 +114,36 @@ def resources(kernel, variant: str, constants: dict, **options) -> dict:
     }
 
 
+def _words(**flags: bool) -> str:
+    """The names of the flags that are on, each behind a space."""
+    return "".join(f" {name}" for name, on in flags.items() if on)
+
+
+def _absent(**there: bool) -> dict:
+    """The pointers to what is not there: None."""
+    return {name: None for name, it_is in there.items() if not it_is}
+
+
+def _inputs(bias: bool, order: bool, tail: bool) -> dict:
+    """What an attention kernel is told of its optional inputs."""
+    absent = _absent(bias_ptr=bias, order_ptr=order, tail_k_ptr=tail, tail_v_ptr=tail, tail_bias_ptr=tail)
+    return dict(HAS_BIAS=bias, HAS_ORDER=order, TAIL=tail) | absent
+
+
+def _gradients(sums: bool, tail: bool) -> dict:
+    """What a backward kernel is told of its results: dq, and where ``sums`` what adds up to dk and dv."""
+    of_tail = sums and tail
+    absent = _absent(dk_sum_ptr=sums, dv_sum_ptr=sums, dtail_k_ptr=of_tail, dtail_v_ptr=of_tail)
+    return dict(WANT_Q=True, WANT_K=sums, WANT_V=sums) | absent
+
+
 def attention(m: int, n: int, d: int, *, bias=False, order=False, tail=False) -> dict:
     """``attention_forward`` as its launcher configures it."""
     config = attention_forward.configuration(torch.bfloat16, d, m)
     warps = config.pop("num_warps")
     constants = dict(D=d, BLOCK_D=triton.next_power_of_2(d), M=m, N=n, WIDE=False, PRECISION="tf32", **config)
-    constants |= dict(HAS_BIAS=bias, HAS_ORDER=order, TAIL=tail)
-    absent = {"bias_ptr": bias, "order_ptr": order, "tail_k_ptr": tail, "tail_v_ptr": tail, "tail_bias_ptr": tail}
-    constants |= {name: None for name, there in absent.items() if not there}
-    flags = "".join(f" {name}" for name, on in (("bias", bias), ("order", order), ("tail", tail)) if on)
+    constants |= _inputs(bias, order, tail)
+    flags = _words(bias=bias, order=order, tail=tail)
     return resources(attention_forward._attention_fwd, f"{m}x{n} D {d}{flags}", constants, num_warps=warps)
 
 
@@ -131,10 +152,8 @@ def hopper(m: int, n: int, d: int, *, bias=False, order=False, tail=False) -> di
     config = attention_forward_hopper.configuration(d, m)
     registers = config.pop("maxnreg")
     constants = dict(D=d, BLOCK_D=triton.next_power_of_2(d), M=m, N=n, WIDE=False, NEGATIVE=False, **config)
-    constants |= dict(HAS_BIAS=bias, HAS_ORDER=order, TAIL=tail)
-    absent = {"bias_ptr": bias, "order_ptr": order, "tail_k_ptr": tail, "tail_v_ptr": tail, "tail_bias_ptr": tail}
-    constants |= {name: None for name, there in absent.items() if not there}
-    flags = "".join(f" {name}" for name, on in (("bias", bias), ("order", order), ("tail", tail)) if on)
+    constants |= _inputs(bias, order, tail)
+    flags = _words(bias=bias, order=order, tail=tail)
     kernel = attention_forward_hopper._attention_fwd_hopper
     return resources(kernel, f"{m}x{n} D {d}{flags}", constants, num_warps=4, maxnreg=registers)
 
@@ -144,13 +163,8 @@ def backward_by_slices(m: int, n: int, d: int, *, bias=False, order=False, tail=
     config = attention_backward_slices.configuration(torch.bfloat16, d, m, sums)
     warps = config.pop("num_warps")
     constants = dict(D=d, BLOCK_D=triton.next_power_of_2(d), M=m, N=n, WIDE=False, PRECISION="tf32")
-    constants |= dict(HAS_BIAS=bias, HAS_ORDER=order, TAIL=tail, WANT_Q=True, WANT_K=sums, WANT_V=sums, **config)
-    absent = {"bias_ptr": bias, "order_ptr": order, "dk_sum_ptr": sums, "dv_sum_ptr": sums}
-    absent |= dict.fromkeys(("tail_k_ptr", "tail_v_ptr", "tail_bias_ptr"), tail)
-    absent |= dict.fromkeys(("dtail_k_ptr", "dtail_v_ptr"), tail and sums)
-    constants |= {name: None for name, there in absent.items() if not there}
-    flags = "".join(f" {name}" for name, on in (("bias", bias), ("order", order), ("tail", tail)) if on)
-    variant = f"{m}x{n} D {d}{flags}{'' if sums else ' dq'}"
+    constants |= _inputs(bias, order, tail) | _gradients(sums, tail) | config
+    variant = f"{m}x{n} D {d}{_words(bias=bias, order=order, tail=tail, dq=not sums)}"
     return resources(attention_backward_slices._attention_bwd_slices, variant, constants, num_warps=warps)
 
 
@@ -159,13 +173,8 @@ def backward_hopper(m: int, n: int, d: int, *, bias=False, order=False, tail=Fal
     config = attention_backward_hopper.configuration(d, m)
     registers = config.pop("maxnreg")
     constants = dict(D=d, BLOCK_D=triton.next_power_of_2(d), N=n, WIDE=False, **config)
-    constants |= dict(HAS_BIAS=bias, HAS_ORDER=order, TAIL=tail, WANT_Q=True, WANT_K=sums, WANT_V=sums)
-    absent = {"bias_ptr": bias, "order_ptr": order, "dk_sum_ptr": sums, "dv_sum_ptr": sums}
-    absent |= dict.fromkeys(("tail_k_ptr", "tail_v_ptr", "tail_bias_ptr"), tail)
-    absent |= dict.fromkeys(("dtail_k_ptr", "dtail_v_ptr"), tail and sums)
-    constants |= {name: None for name, there in absent.items() if not there}
-    flags = "".join(f" {name}" for name, on in (("bias", bias), ("order", order), ("tail", tail)) if on)
-    variant = f"{m}x{n} D {d}{flags}{'' if sums else ' dq'}"
+    constants |= _inputs(bias, order, tail) | _gradients(sums, tail)
+    variant = f"{m}x{n} D {d}{_words(bias=bias, order=order, tail=tail, dq=not sums)}"
     kernel = attention_backward_hopper._attention_bwd_hopper
     return resources(kernel, variant, constants, num_warps=4, maxnreg=registers)
 
@@ -186,8 +195,8 @@ def observing(m: int, n: int, d: int, *, bias=False, order=False, reduce="sum") 
     options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
     constants = dict(D=d, BLOCK_D=triton.next_power_of_2(d), M=m, N=n, PRECISION="tf32", MAX=reduce == "max", **config)
     constants |= dict(HAS_BIAS=bias, HAS_ORDER=order)
-    constants |= {name: None for name, there in {"bias_ptr": bias, "order_ptr": order}.items() if not there}
-    flags = "".join(f" {name}" for name, on in (("bias", bias), ("order", order), ("max", reduce == "max")) if on)
+    constants |= _absent(bias_ptr=bias, order_ptr=order)
+    flags = _words(bias=bias, order=order, max=reduce == "max")
     return resources(observe._column_mass, f"{m}x{n} D {d}{flags}", constants, **options)
 
 
