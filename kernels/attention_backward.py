@@ -28,6 +28,7 @@ from fg_inductor.kernels import attention_backward_slices as slices_schedule
 from fg_inductor.kernels import attention_forward, choice, column_lists, group_means
 from fg_inductor.kernels.mask import group_count
 from fg_inductor.kernels.reference import SUMMARY, group_statistics, normalise_key_bias
+from fg_inductor.kernels.sizes import cdiv, next_power_of_2
 
 BLOCK = 64
 
@@ -127,14 +128,14 @@ def launch(
     Hkv, Sk, T, G = k.shape[1], k.shape[2], mask.shape[2], group_count(k.shape[2], n)
     share = Hq // Hkv
     want_q, want_k, want_v = wanted
-    shape = dict(D=D, BLOCK_D=triton.next_power_of_2(D))
+    shape = dict(D=D, BLOCK_D=next_power_of_2(D))
     keys = keys_schedule.configuration(q.dtype, D, m) | (keys or {})
     split = by_keys(n, keys["BLOCK_N"]) if split is None else split
     wide = max(k.stride(2), v.stride(2)) * Sk >= 1 << 31
     slices = slices_schedule.configuration(q.dtype, D, m, sums=not split) | {"WIDE": wide} | (slices or {})
 
     statistics = torch.empty(B, Hq, Sq, 2, dtype=torch.float32, device=q.device)
-    _statistics[(triton.cdiv(Sq, BLOCK), B * Hq)](
+    _statistics[(cdiv(Sq, BLOCK), B * Hq)](
         dout, out, lse, statistics, *dout.stride()[:3], *out.stride()[:3], Hq, Sq, **shape, BLOCK=BLOCK, num_warps=4
     )  # fmt: skip
     bias = normalise_key_bias(key_bias, torch.float32)
@@ -187,7 +188,7 @@ def launch(
             for summaries in (False, True)[: 1 + (tail == "pooled")]:
                 x, y, length = (tail_k, tail_v, blocks) if summaries else (k, v, Sk)
                 sums = (dtail_k, dtail_v) if summaries else (dk_sum, dv_sum)
-                keys_schedule._attention_bwd_keys[(triton.cdiv(length, keys["BLOCK_N"]), heads // share, B)](
+                keys_schedule._attention_bwd_keys[(cdiv(length, keys["BLOCK_N"]), heads // share, B)](
                     q, x, y, dout, statistics,
                     part, lists, counts, None if summaries else bias, order, tail_bias, *sums,
                     *q.stride()[:3], *x.stride()[:3], *y.stride()[:3], *dout.stride()[:3], *part.stride()[:3],
@@ -202,7 +203,7 @@ def launch(
     for i, x, total, of_tail, factor in ((1, k, dk_sum, dtail_k, scale), (2, v, dv_sum, dtail_v, 1.0)):
         if total is not None:
             grads[i] = _empty_grad(x)
-            _finish[(triton.cdiv(Sk, BLOCK), B * Hkv)](
+            _finish[(cdiv(Sk, BLOCK), B * Hkv)](
                 total, of_tail, block_keys, bias, grads[i],
                 *grads[i].stride()[:3], bias_stride,
                 Hkv, Sk, blocks, factor,

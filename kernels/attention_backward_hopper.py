@@ -39,7 +39,6 @@ Formula: Dao, FlashAttention-2, algorithm 2; keys x queries and the order of pro
 """
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -51,6 +50,7 @@ from fg_inductor.kernels.backward_hopper_consumer import consumer
 from fg_inductor.kernels.backward_hopper_producer import producer
 from fg_inductor.kernels.column_lists import Lists
 from fg_inductor.kernels.mask import group_count
+from fg_inductor.kernels.sizes import next_power_of_2
 
 
 @gluon.jit
@@ -229,7 +229,7 @@ def launch(
         0 if bias is None else bias.stride(0),
         first_head, heads, Hq, Hkv, Hq // Hkv, Sq, Sk, T, group_count(Sk, n), 0 if tail_k is None else tail_k.shape[2],
         items, scale, scale * LOG2_E,
-        D=D, BLOCK_D=triton.next_power_of_2(D), N=n,
+        D=D, BLOCK_D=next_power_of_2(D), N=n,
         HAS_BIAS=bias is not None, HAS_ORDER=order is not None, TAIL=tail_k is not None,
         WANT_Q=dq is not None, WANT_K=dk_sum is not None, WANT_V=dv_sum is not None,
         num_warps=4,

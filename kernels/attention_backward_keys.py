@@ -22,6 +22,7 @@ from torch import Tensor
 from fg_inductor.kernels import column_lists
 from fg_inductor.kernels.attention_backward_slices import _load_rows
 from fg_inductor.kernels.attention_forward import _tokens
+from fg_inductor.kernels.sizes import cdiv
 
 
 @triton.jit
@@ -153,8 +154,8 @@ def configuration(dtype: torch.dtype, d: int, m: int) -> dict:
 def lists_of_slices(mask: Tensor, keys: int, n: int, block_n: int) -> tuple[Tensor, Tensor]:
     """For each tile of ``block_n`` keys the slices that keep any of them: lists [B, H, tiles, T], counts."""
     B, H, T, W = mask.shape
-    tiles = triton.cdiv(keys, block_n)
-    words = triton.cdiv(T, 128) * 4
+    tiles = cdiv(keys, block_n)
+    words = cdiv(T, 128) * 4
     transposed = torch.empty(B, H, tiles, words, dtype=torch.int32, device=mask.device)
     _transpose[(tiles, B * H)](
         mask, transposed, *mask.stride()[:3], H, T, W, words, N=n, BLOCK_N=block_n, num_warps=4

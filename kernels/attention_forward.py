@@ -27,6 +27,7 @@ from torch import Tensor
 from fg_inductor.kernels import column_lists, group_means
 from fg_inductor.kernels.mask import group_count
 from fg_inductor.kernels.reference import SUMMARY, normalise_key_bias
+from fg_inductor.kernels.sizes import next_power_of_2
 
 LIST_BYTES = 3 << 29
 LOG2_E = math.log2(math.e)
@@ -255,7 +256,7 @@ def launch(
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             0 if bias is None else bias.stride(0),
             first, Hq, share, Sq, T, G, blocks, scale * LOG2_E,
-            D=D, BLOCK_D=triton.next_power_of_2(D), M=m, N=n,
+            D=D, BLOCK_D=next_power_of_2(D), M=m, N=n,
             HAS_BIAS=bias is not None, HAS_ORDER=order is not None, TAIL=tail == "pooled",
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             **config,

@@ -30,7 +30,6 @@ Meaning: ``reference.attention``. Numbers: ``python -m fg_inductor bench attenti
 import math
 
 import torch
-import triton
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -41,6 +40,7 @@ from fg_inductor.kernels.attention_forward import heads_at_once, prepare
 from fg_inductor.kernels.hopper_consumer import consumer
 from fg_inductor.kernels.hopper_producer import producer
 from fg_inductor.kernels.mask import group_count
+from fg_inductor.kernels.sizes import next_power_of_2
 
 
 @gluon.jit
@@ -208,7 +208,7 @@ def launch(
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             0 if bias is None else bias.stride(0),
             first, part.shape[1], Hq, Hkv, Hq // Hkv, Sq, T, X, G, blocks, items, scale * math.log2(math.e),
-            D=D, BLOCK_D=triton.next_power_of_2(D), M=m, N=n,
+            D=D, BLOCK_D=next_power_of_2(D), M=m, N=n,
             HAS_BIAS=bias is not None, HAS_ORDER=order is not None, TAIL=tail == "pooled", NEGATIVE=scale < 0,
             num_warps=4,
             **config,

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from fg_inductor.kernels.mask import group_count, pack
 from fg_inductor.kernels.reference import SUMMARY, group_statistics
+from fg_inductor.kernels.sizes import cdiv, next_power_of_2
 
 BLOCK = 4096
 ID_BITS = tl.constexpr(24)  # of a list entry; above them, one bit for each slice of the tile
@@ -199,12 +200,12 @@ def launch(
             group_keys, _ = group_statistics(bias, keys, n, bias)
             block_keys, block_bias = group_statistics(bias, keys, SUMMARY, bias)
             block_bias = block_bias * math.log2(math.e)
-    block = min(block_of(sub), max(128, triton.next_power_of_2(G)))
-    _column_lists[(X, triton.cdiv(G, block), B * H)](
+    block = min(block_of(sub), max(128, next_power_of_2(G)))
+    _column_lists[(X, cdiv(G, block), B * H)](
         mask, clean, mixed, lists, kept, clean_keys, tail_bias, group_keys, block_keys, block_bias,
         *mask.stride()[:3],
         H, T, X, W, G, blocks, keys,
-        N=n, SUB=sub, BLOCK=block, BLOCK_W=triton.next_power_of_2(W), SUMMARY=SUMMARY,
+        N=n, SUB=sub, BLOCK=block, BLOCK_W=next_power_of_2(W), SUMMARY=SUMMARY,
         TAIL=tail, HAS_BIAS=bias is not None,
         num_warps=4,
     )  # fmt: skip

@@ -25,6 +25,7 @@ from fg_inductor.kernels import observe
 from fg_inductor.kernels.observe import load_keys, load_queries
 from fg_inductor.kernels.reference_observed import SAMPLED_HEADS as HEADS
 from fg_inductor.kernels.reference_observed import SAMPLED_QUERIES as SAMPLES
+from fg_inductor.kernels.sizes import cdiv, next_power_of_2
 
 KEYS = 128
 PROGRAMS = 512  # enough to keep the memory of a GPU busy
@@ -122,10 +123,10 @@ def _prepare(q, k, mask, key_bias, order, scale, m, n):
     """Workspace, how many parts it has, and what samples into it: ``sample(flag, unless)``."""
     B, Hq, Sq, D = q.shape
     Sk = k.shape[2]
-    bias, heads, tiles = observe.bias_of_keys(key_bias), min(Hq, HEADS), triton.cdiv(Sk, KEYS)
+    bias, heads, tiles = observe.bias_of_keys(key_bias), min(Hq, HEADS), cdiv(Sk, KEYS)
     entries = B * heads
-    blocks = triton.cdiv(tiles, max(1, min(tiles, PROGRAMS // entries)))
-    splits = triton.cdiv(tiles, blocks)
+    blocks = cdiv(tiles, max(1, min(tiles, PROGRAMS // entries)))
+    splits = cdiv(tiles, blocks)
     parts = torch.empty(entries, splits, 3, SAMPLES, dtype=torch.float32, device=q.device)
 
     def sample(flag: Tensor, unless: int) -> None:
@@ -133,12 +134,12 @@ def _prepare(q, k, mask, key_bias, order, scale, m, n):
             flag, q, k, mask, order, bias, parts,
             *q.stride()[:3], *k.stride()[:3], 0 if bias is None else bias.stride(0), *mask.stride()[:3],
             heads, Hq, Hq // k.shape[1], Sq, Sk, blocks, scale * observe.LOG2_E,
-            D=D, BLOCK_D=triton.next_power_of_2(D), M=m, N=n, SAMPLES=SAMPLES, KEYS=KEYS, UNLESS=unless,
+            D=D, BLOCK_D=next_power_of_2(D), M=m, N=n, SAMPLES=SAMPLES, KEYS=KEYS, UNLESS=unless,
             HAS_ORDER=order is not None, HAS_BIAS=bias is not None,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **configuration(q.dtype, D),
         )  # fmt: skip
 
-    return (parts, entries, splits), dict(SAMPLES=SAMPLES, SPLITS=triton.next_power_of_2(splits)), sample
+    return (parts, entries, splits), dict(SAMPLES=SAMPLES, SPLITS=next_power_of_2(splits)), sample
 
 
 def decide(q, k, mask, key_bias, order, scale, m, n, refresh: Tensor, drift: Tensor, bound: float) -> Tensor:

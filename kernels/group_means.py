@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fg_inductor.kernels import reference
+from fg_inductor.kernels.sizes import cdiv, next_power_of_2
 
 MASKED_BELOW = tl.constexpr(reference.MASKED_BELOW)
 
@@ -141,7 +142,7 @@ def launch_both(
         None if y is None else torch.empty(*y.shape[:2], size, y.shape[3], dtype=y.dtype, device=y.device)
         for y, size in ((q, means), (k, groups))
     )
-    q_blocks, k_blocks = triton.cdiv(means, block_of(pool)), triton.cdiv(groups, block_of(n))
+    q_blocks, k_blocks = cdiv(means, block_of(pool)), cdiv(groups, block_of(n))
     q_programs = 0 if q is None else q.shape[0] * q.shape[1] * q_blocks
     k_programs = 0 if k is None else k.shape[0] * k.shape[1] * k_blocks
     q, k = x if q is None else q, x if k is None else k  # the absent one has no program
@@ -151,7 +152,7 @@ def launch_both(
         *q.stride()[:3], *k.stride()[:3], 0 if bias is None else bias.stride(0),
         q_programs, max(q_blocks, 1), q.shape[1], q.shape[2], means, max(k_blocks, 1), k.shape[1], k.shape[2],
         groups, gamma or 0.0,
-        D=x.shape[3], BLOCK_D=triton.next_power_of_2(x.shape[3]),
+        D=x.shape[3], BLOCK_D=next_power_of_2(x.shape[3]),
         POOL=pool, BLOCK_R=block_of(pool), N=n, BLOCK_G=block_of(n),
         HAS_ORDER=order is not None, HAS_BIAS=bias is not None, BOOL=bias is not None and bias.dtype == torch.int8,
         Q_JOINED=0 if gamma is None else m // pool, K_JOINED=0 if gamma is None else 1,

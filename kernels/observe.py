@@ -32,6 +32,7 @@ from torch import Tensor
 
 from fg_inductor.kernels import reference, select_cut
 from fg_inductor.kernels.mask import group_count, slice_count, word_count
+from fg_inductor.kernels.sizes import cdiv, next_power_of_2
 
 MASS_BYTES = 1 << 28
 LOG2_E = math.log2(math.e)
@@ -183,7 +184,7 @@ def launch_begin(mask: Tensor, keys: int, n: int, refresh: Tensor) -> Tensor:
     """``refresh`` as a new tensor; where it is True every bit of the mask is set."""
     B, H, T, W = mask.shape
     due = torch.empty((), dtype=torch.bool, device=mask.device)
-    block = min(1024, triton.next_power_of_2(W))
+    block = min(1024, next_power_of_2(W))
     _open[(B * H * T,)](refresh, due, mask, *mask.stride()[:3], H, T, W, group_count(keys, n), BLOCK=block)
     return due
 
@@ -217,11 +218,11 @@ def launch(
     mass = torch.empty(B * heads, T, W * 32, dtype=torch.float32, device=q.device)
     for first in range(0, Hq, heads):
         part = min(heads, Hq - first)
-        _column_mass[(triton.cdiv(Sq, config["ROWS"]), B * part)](
+        _column_mass[(cdiv(Sq, config["ROWS"]), B * part)](
             due, q, k, lse, order, bias, mass,
             *q.stride()[:3], *k.stride()[:3], 0 if bias is None else bias.stride(0), W * 32,
             first, part, Hq, Hq // k.shape[1], Sq, Sk, T, scale * LOG2_E,
-            D=D, BLOCK_D=triton.next_power_of_2(D), M=m, N=n, HAS_ORDER=order is not None, HAS_BIAS=bias is not None,
+            D=D, BLOCK_D=next_power_of_2(D), M=m, N=n, HAS_ORDER=order is not None, HAS_BIAS=bias is not None,
             MAX=reduce == "max", PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             **config,
         )  # fmt: skip

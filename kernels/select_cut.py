@@ -17,12 +17,15 @@ slices x 4,095 groups 12.6 million groups, 1.8 us of an H100's ALUs. Forced grou
 before all others and count with their mass. Meaning: ``reference_select.select_pooled``.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fg_inductor.kernels.select_scores import NARROW_SCALE
+from fg_inductor.kernels.sizes import next_power_of_2
 
 MASKED = tl.constexpr(-1.0)
 MASKED_PAIR = tl.constexpr(-0x43FF4400)  # 0xBC00BC00, two float16 of -1
@@ -338,16 +341,17 @@ def configuration(words: int, wide: bool) -> dict:
     where a thread has more than 64 groups; a row that is longer still is read in blocks of REST (LOOP)."""
     most = 1024 if wide else 2048
     head = 1 << (words.bit_length() - 1)  # the largest power of two that fits
-    rest = triton.next_power_of_2(words - head) if words > head else 0
+    rest = next_power_of_2(words - head) if words > head else 0
     if head < 128 or rest > head // 2:  # one tile that covers it is no larger
-        head, rest = triton.next_power_of_2(words), 0
+        head, rest = next_power_of_2(words), 0
     if head > most:
         head, rest = most, most // 4
     warps = max(1, min(16, head // 64))
     return {"WORDS": head, "REST": rest, "LOOP": words > head + rest, "LEAN": head > 1024, "num_warps": warps}
 
 
-def _parts(shares: list[float]) -> tuple[float, ...]:
+@functools.lru_cache(maxsize=1024)
+def _parts(shares: tuple[float, ...]) -> tuple[float, ...]:
     """Three numbers of float32 for each that sum to it: what a kernel takes of a float64."""
     parts, rest = [], torch.tensor(shares, dtype=torch.float64)
     for _ in range(3):
@@ -377,7 +381,7 @@ def launch(
     wide = score.dtype == torch.float32
     _cut[(T, B * heads)](
         score if wide else score.view(torch.int32), order, mask, refresh, *mask.stride()[:3],
-        first, heads, T, W, queries, groups, max(1, int(groups * shares[0] + 0.5)), _parts(shares),
+        first, heads, T, W, queries, groups, max(1, int(groups * shares[0] + 0.5)), _parts(tuple(shares)),
         1.0 if top_p is None else top_p, alpha or 0.0, summed, dense_keys, tuple(dense_queries),
         M=m, N=n, WIDE=wide, COUNT=min(shares) < 1 or (top_p is None and alpha is None), MASS=top_p is not None,
         HAS_BIAS=masked, HAS_ORDER=order is not None, HAS_FORCED=bool(dense_keys), HAS_DENSE=bool(dense_queries),

@@ -28,6 +28,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fg_inductor.kernels.group_means import masked_bias
+from fg_inductor.kernels.sizes import cdiv, next_power_of_2
 
 SCORE_BYTES = 1 << 28
 MAX_SPLITS = 8
@@ -250,8 +251,8 @@ def scores_configuration(dtype: torch.dtype, d: int) -> dict:
 
 def _blocks(programs: int, groups: int, block: int, most: int) -> int:
     """Blocks of groups that one program handles: 8 at least, in at most ``most`` parts of a row."""
-    parts = max(1, min(most, triton.cdiv(PROGRAMS, programs), groups // (8 * block)))
-    return triton.cdiv(triton.cdiv(groups, block), parts)
+    parts = max(1, min(most, cdiv(PROGRAMS, programs), groups // (8 * block)))
+    return cdiv(cdiv(groups, block), parts)
 
 
 class Scores:
@@ -262,26 +263,26 @@ class Scores:
         self.q, self.k, self.p, self.means = mean_q, mean_k, p, means
         B, self.Hq, self.R, D = mean_q.shape
         self.share, self.G = self.Hq // mean_k.shape[1], mean_k.shape[2]
-        self.T, self.row = self.R // p, triton.cdiv(self.G, 128) * 128
+        self.T, self.row = self.R // p, cdiv(self.G, 128) * 128
         self.dtype = torch.float32 if mean_q.dtype == torch.float32 else torch.float16
         self.bias = None
         if key_bias is not None:
             self.bias = torch.empty(B, self.G, dtype=torch.float32, device=mean_q.device)
             block = max(1, 1024 // n)
-            _group_bias[(triton.cdiv(self.G, block), B)](
+            _group_bias[(cdiv(self.G, block), B)](
                 key_bias, self.bias, key_bias.stride(0), keys, self.G,
                 N=n, BLOCK=block, BOOL=key_bias.dtype == torch.int8,
             )  # fmt: skip
         self.strides = (*mean_k.stride()[:3], 0 if self.bias is None else self.bias.stride(0))
         self.numbers = (scale * LOG2_E, math.log2((keys - (self.G - 1) * n) / n))
-        self.flags = dict(D=D, BLOCK_D=triton.next_power_of_2(D), HAS_BIAS=self.bias is not None)
+        self.flags = dict(D=D, BLOCK_D=next_power_of_2(D), HAS_BIAS=self.bias is not None)
         self.flags["PRECISION"] = "ieee" if mean_q.dtype == torch.float32 else "tf32"
         config = row_lse_configuration(mean_q.dtype, D)
-        programs = triton.cdiv(self.R, config["BLOCK_R"]) * B * self.Hq
+        programs = cdiv(self.R, config["BLOCK_R"]) * B * self.Hq
         blocks = _blocks(programs, self.G, config["BLOCK_G"], MAX_SPLITS)
-        splits = triton.cdiv(self.G, blocks * config["BLOCK_G"])
+        splits = cdiv(self.G, blocks * config["BLOCK_G"])
         self.lse = torch.empty(splits, B * self.Hq, self.R, dtype=torch.float32, device=mean_q.device)
-        _row_lse[(triton.cdiv(self.R, config["BLOCK_R"]), splits, B * self.Hq)](
+        _row_lse[(cdiv(self.R, config["BLOCK_R"]), splits, B * self.Hq)](
             mean_q, mean_k, self.bias, self.lse, *self.strides,
             self.Hq, self.share, self.R, self.G, blocks, *self.numbers,
             **self.flags, **config,
@@ -298,9 +299,9 @@ class Scores:
         B, D = self.q.shape[0], self.q.shape[3]
         config = scores_configuration(self.q.dtype, D)
         slices = config["BLOCK_R"] // self.p
-        programs = triton.cdiv(self.T, slices) * B * heads
+        programs = cdiv(self.T, slices) * B * heads
         blocks = _blocks(programs, self.row, config["BLOCK_G"], self.row)
-        _scores[(triton.cdiv(self.T, slices), triton.cdiv(self.row, blocks * config["BLOCK_G"]), B * heads)](
+        _scores[(cdiv(self.T, slices), cdiv(self.row, blocks * config["BLOCK_G"]), B * heads)](
             self.q, self.k, self.bias, self.lse, score, *self.strides, self.row, self.lse.stride(0),
             first, heads, self.Hq, self.share, self.R, self.T, self.G, self.means, blocks, *self.numbers,
             **self.flags, P=self.p, MAX=reduce == "max", SPLITS=self.lse.shape[0], WIDE=self.dtype == torch.float32,

@@ -16,6 +16,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fg_inductor.kernels.sizes import cdiv, next_power_of_2
+
 BLOCK = 32
 
 
@@ -58,15 +60,15 @@ def launch(keys: Tensor, clean_keys: Tensor) -> Tensor:
     """int32 [B, H, X] twice -> int32 [B * H * X + 1, 4]."""
     B, H, X = keys.shape
     work = torch.empty(B * H * X + 1, 4, dtype=torch.int32, device=keys.device)
-    block_x = min(256, triton.next_power_of_2(X))
-    _work_order[(triton.cdiv(X, BLOCK), B * H)](
+    block_x = min(256, next_power_of_2(X))
+    _work_order[(cdiv(X, BLOCK), B * H)](
         keys,
         clean_keys,
         work,
         B * H,
         X,
         BLOCK=BLOCK,
-        BLOCK_H=min(16, triton.next_power_of_2(B * H)),
+        BLOCK_H=min(16, next_power_of_2(B * H)),
         BLOCK_X=block_x,
         num_warps=4,
     )
