@@ -177,7 +177,7 @@ def backward_hopper(m: int, n: int, d: int, *, bias=False, order=False, tail=Fal
     registers = config.pop("maxnreg")
     constants = dict(D=d, BLOCK_D=triton.next_power_of_2(d), N=n, WIDE=False, **config)
     constants |= _inputs(bias, order, tail) | _gradients(sums, tail)
-    constants |= {} if bulk else dict.fromkeys(("dk_desc", "dv_desc"))
+    constants |= _absent(dk_desc=bulk, dv_desc=bulk)
     variant = f"{m}x{n} D {d}{_words(bias=bias, order=order, tail=tail, bulk=bulk, dq=not sums)}"
     kernel = attention_backward_hopper._attention_bwd_hopper
     return resources(kernel, variant, constants, num_warps=4, maxnreg=registers)
