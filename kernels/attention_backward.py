@@ -61,7 +61,7 @@ def _finish(
     stride_gb, stride_gh, stride_gs, stride_bb,
     H, S, J, factor,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK: tl.constexpr, SUMMARY: tl.constexpr,
-    TAIL: tl.constexpr, HAS_BIAS: tl.constexpr,
+    TAIL: tl.constexpr, HAS_BIAS: tl.constexpr, LANES: tl.constexpr,
 ):  # fmt: skip
     bh = tl.program_id(1).to(tl.int64)
     b, h = bh // H, bh % H
@@ -77,6 +77,9 @@ def _finish(
         if HAS_BIAS:
             member = tl.load(bias_ptr + b * stride_bb + row, mask=member, other=float("-inf")) > float("-inf")
         grad += tl.where(member[:, None], tail[None, :], 0.0)
+    if LANES:  # of each 16 columns the order is 0 1 8 9 2 3 10 11 ..
+        grad = tl.permute(tl.reshape(grad, [BLOCK, BLOCK_D // 16, 4, 2, 2]), [0, 1, 3, 2, 4])
+        grad = tl.reshape(grad, [BLOCK, BLOCK_D])
     ptrs = grad_ptr + b * stride_gb + h * stride_gh + row.to(tl.int64)[:, None] * stride_gs + offs_d[None, :]
     tl.store(ptrs, (grad * factor).to(grad_ptr.dtype.element_ty), mask=inside)
 
@@ -86,9 +89,9 @@ def _empty_grad(x: Tensor) -> Tensor:
     return x.new_empty(x.shape[0], x.shape[2], x.shape[1], x.shape[3]).transpose(1, 2)
 
 
-def by_keys(n: int, block_n: int) -> bool:
-    """Whether dk and dv are made by a program a tile of keys, without atomics."""
-    return torch.are_deterministic_algorithms_enabled() or n >= block_n
+def by_keys(n: int, block_n: int, bulk: bool = False) -> bool:
+    """Whether dk and dv are made by a program a tile of keys, without atomics; ``bulk``: the copy engine adds them."""
+    return torch.are_deterministic_algorithms_enabled() or (n >= block_n and not bulk)
 
 
 def launch(
@@ -130,7 +133,8 @@ def launch(
     want_q, want_k, want_v = wanted
     shape = dict(D=D, BLOCK_D=next_power_of_2(D))
     keys = keys_schedule.configuration(q.dtype, D, m) | (keys or {})
-    split = by_keys(n, keys["BLOCK_N"]) if split is None else split
+    if split is None:
+        split = by_keys(n, keys["BLOCK_N"], bulk=on_hopper and hopper_schedule.bulk(m, n))
     wide = max(k.stride(2), v.stride(2)) * Sk >= 1 << 31
     slices = slices_schedule.configuration(q.dtype, D, m, sums=not split) | {"WIDE": wide} | (slices or {})
 
@@ -154,6 +158,7 @@ def launch(
         for want in (want_k, want_v)
     )
     dq = _empty_grad(q) if want_q else None
+    lanes = False  # the order of columns of the sums
 
     flags = dict(HAS_ORDER=order is not None, PRECISION="ieee" if q.dtype == torch.float32 else "tf32")
     bias_stride = 0 if bias is None else bias.stride(0)
@@ -166,7 +171,7 @@ def launch(
         tail_bias = lists.tail_bias
         if on_hopper and (want_q or not split):
             sums = (None,) * 4 if split else (dk_sum, dv_sum, dtail_k, dtail_v)
-            hopper_schedule.launch(
+            lanes = hopper_schedule.launch(
                 q, k, v, dout, statistics, lists, bias, order, tail_k, tail_v, (dq, *sums), first, scale, m, n,
                 **(hopper or {}),
             )  # fmt: skip
@@ -208,6 +213,6 @@ def launch(
                 *grads[i].stride()[:3], bias_stride,
                 Hkv, Sk, blocks, factor,
                 **shape, BLOCK=BLOCK, SUMMARY=SUMMARY, TAIL=tail == "pooled", HAS_BIAS=bias is not None,
-                num_warps=4,
+                LANES=lanes and not split, num_warps=4,
             )  # fmt: skip
     return tuple(grads)

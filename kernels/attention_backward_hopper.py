@@ -16,9 +16,10 @@ consumer holds 64 queries, over all keys, while the slice lasts. The products st
 afterwards both would cost registers that there are none of. (lse' is lse less ``level``, that of the slice's first
 query where there is a bias, over scale * log2(e).)
 
-dv and dk go to the sums by float32 atomics of 16 bytes, in an order that is not fixed. They are made while the tensor
-cores work: for the other consumer, on dq (EARLY: begun before dv is added, else beside dk), and on the scores of the
-next tile.
+dv and dk are added to the sums in float32, in an order that is not fixed (``backward_hopper_sums``): by threads, or, of
+64 neighbouring keys that need no mask, by the copy engine (SLOTS > 0: so many pieces a consumer are under way). Threads
+do it while the tensor cores work: for the other consumer, on dq (EARLY: begun before dv is added, else beside dk), and
+on the scores of the next tile.
 
     barrier     phase of          completed by                            waited for by
     q_full      slice i           producer threads, q and dout copied     consumers, before a slice's first product
@@ -27,9 +28,13 @@ next tile.
     k_full      unit u            producer threads, 64 rows of K copied   its consumer for scores, all for dq
     k_empty     unit u            consumers, dq of its tile done          producer, before unit u + K_STAGES CONSUMERS
     v_full      unit u            producer threads, 64 rows of V copied   its consumer
-    v_empty     unit u            its consumer, v . dout done             producer, before unit u + V_STAGES CONSUMERS
+    v_empty     unit u            its consumer, v . dout done;            producer, before unit u + V_STAGES CONSUMERS
+                                  OVERLAY: all, dq of its tile done
     ds_full     tile t            consumers, ds stored                    consumers, before dq
     ds_empty    tile t            consumers, dq of the tile done          consumers, before tile t + 1 of V
+
+OVERLAY: ds takes the place of the rows of V that it was made from, which frees the memory for SLOTS, and needs no
+ds_empty: no unit of V comes before its place is free.
 
 Unit u is the rows of consumer u % CONSUMERS in tile u // CONSUMERS; tiles are numbered over all slices of a CTA. A wait
 for the n-th phase of a buffer's barrier is a wait for parity n & 1.
@@ -43,11 +48,13 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fg_inductor.kernels import work_order
+from fg_inductor.kernels import choice, work_order
 from fg_inductor.kernels.attention_forward import LOG2_E
 from fg_inductor.kernels.backward_hopper_consumer import consumer
 from fg_inductor.kernels.backward_hopper_producer import producer
+from fg_inductor.kernels.backward_hopper_sums import PIECE_SHARED
 from fg_inductor.kernels.column_lists import Lists
 from fg_inductor.kernels.mask import group_count
 from fg_inductor.kernels.sizes import next_power_of_2
@@ -57,7 +64,7 @@ from fg_inductor.kernels.sizes import next_power_of_2
 def _attention_bwd_hopper(
     q_ptr, k_ptr, v_ptr, dout_ptr, statistics_ptr,
     lists_ptr, work_ptr, bias_ptr, order_ptr, tail_k_ptr, tail_v_ptr, tail_bias_ptr,
-    dq_ptr, dk_sum_ptr, dv_sum_ptr, dtail_k_ptr, dtail_v_ptr,
+    dq_ptr, dk_sum_ptr, dv_sum_ptr, dtail_k_ptr, dtail_v_ptr, dk_desc, dv_desc,
     stride_qb, stride_qh, stride_qs,
     stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs,
@@ -69,7 +76,8 @@ def _attention_bwd_hopper(
     CONSUMERS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr, PRODUCER_WARPS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_ORDER: gl.constexpr, TAIL: gl.constexpr, WIDE: gl.constexpr,
-    WANT_Q: gl.constexpr, WANT_K: gl.constexpr, WANT_V: gl.constexpr, EARLY: gl.constexpr,
+    WANT_Q: gl.constexpr, WANT_K: gl.constexpr, WANT_V: gl.constexpr, EARLY: gl.constexpr, OVERLAY: gl.constexpr,
+    SLOTS: gl.constexpr, LANES: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_ptr.dtype.element_ty
     M: gl.constexpr = 64 * CONSUMERS
@@ -80,7 +88,12 @@ def _attention_bwd_hopper(
     dout_bufs = gl.allocate_shared_memory(dtype, [1, M, BLOCK_D], swizzled)
     k_bufs = gl.allocate_shared_memory(dtype, [K_STAGES * CONSUMERS, 64, BLOCK_D], swizzled)
     v_bufs = gl.allocate_shared_memory(dtype, [V_STAGES * CONSUMERS, 64, BLOCK_D], swizzled)
-    ds_bufs = gl.allocate_shared_memory(dtype, [CONSUMERS, 64, M], swizzled)
+    ds_bufs = v_bufs
+    if not OVERLAY:
+        ds_bufs = gl.allocate_shared_memory(dtype, [CONSUMERS, 64, M], swizzled)
+    staging = ds_bufs
+    if SLOTS > 0:
+        staging = gl.allocate_shared_memory(gl.float32, [SLOTS * CONSUMERS, 64, 32], PIECE_SHARED)
     statistics_buf = gl.allocate_shared_memory(gl.float32, [2, M], plain)
     level_buf = gl.allocate_shared_memory(gl.float32, [1], plain)
     entry_bufs = gl.allocate_shared_memory(gl.int32, [K_STAGES * CONSUMERS, 64], plain)
@@ -99,7 +112,7 @@ def _attention_bwd_hopper(
         mbarrier.init(k_empty.index(stage), count=CONSUMERS)
     for stage in gl.static_range(V_STAGES * CONSUMERS):
         mbarrier.init(v_full.index(stage), count=PRODUCER_WARPS * 32)
-        mbarrier.init(v_empty.index(stage), count=1)
+        mbarrier.init(v_empty.index(stage), count=CONSUMERS if OVERLAY else 1)
     mbarrier.init(q_full, count=PRODUCER_WARPS * 32)
     mbarrier.init(q_empty, count=CONSUMERS)
     mbarrier.init(ds_full, count=CONSUMERS)
@@ -111,7 +124,7 @@ def _attention_bwd_hopper(
     bars = (k_full, k_empty, v_full, v_empty)
     ds_side = (ds_full, ds_empty)
     consumer_tensors = (work_ptr, bias_ptr, order_ptr, tail_bias_ptr)
-    results = (dq_ptr, dk_sum_ptr, dv_sum_ptr, dtail_k_ptr, dtail_v_ptr)
+    results = (dq_ptr, dk_sum_ptr, dv_sum_ptr, dtail_k_ptr, dtail_v_ptr, dk_desc, dv_desc, staging)
     consumer_sizes = (first_head, heads, SHARE, Hkv, Sq, Sk, T, J, ITEMS, stride_bb)
     dq_strides = (stride_gb, stride_gh, stride_gs)
     producer_tensors = (work_ptr, lists_ptr, bias_ptr, order_ptr, tail_k_ptr, tail_v_ptr, statistics_ptr)
@@ -127,13 +140,13 @@ def _attention_bwd_hopper(
                     gl.constexpr(0), q_side, buffers, bars, ds_side, consumer_tensors, results, consumer_sizes,
                     dq_strides, scale, qk_scale,
                     D, BLOCK_D, N, CONSUMERS, K_STAGES, V_STAGES, HAS_BIAS, HAS_ORDER, TAIL, WANT_Q, WANT_K, WANT_V,
-                    EARLY,
+                    EARLY, OVERLAY, SLOTS, LANES,
                 )),
                 (consumer, (
                     gl.constexpr(1), q_side, buffers, bars, ds_side, consumer_tensors, results, consumer_sizes,
                     dq_strides, scale, qk_scale,
                     D, BLOCK_D, N, CONSUMERS, K_STAGES, V_STAGES, HAS_BIAS, HAS_ORDER, TAIL, WANT_Q, WANT_K, WANT_V,
-                    EARLY,
+                    EARLY, OVERLAY, SLOTS, LANES,
                 )),
                 (producer, (
                     q_side, buffers, bars, producer_tensors, inputs, producer_sizes, q_strides, k_strides, v_strides,
@@ -151,7 +164,7 @@ def _attention_bwd_hopper(
                     gl.constexpr(0), q_side, buffers, bars, ds_side, consumer_tensors, results, consumer_sizes,
                     dq_strides, scale, qk_scale,
                     D, BLOCK_D, N, CONSUMERS, K_STAGES, V_STAGES, HAS_BIAS, HAS_ORDER, TAIL, WANT_Q, WANT_K, WANT_V,
-                    EARLY,
+                    EARLY, OVERLAY, SLOTS, LANES,
                 )),
                 (producer, (
                     q_side, buffers, bars, producer_tensors, inputs, producer_sizes, q_strides, k_strides, v_strides,
@@ -164,16 +177,24 @@ def _attention_bwd_hopper(
         )  # fmt: skip
 
 
-def configuration(d: int, m: int) -> dict:
+def bulk(m: int, n: int) -> bool:
+    """Whether the copy engine can add dv and dk: 64 neighbouring keys a consumer, and shared memory to stage them."""
+    return choice.BULK_SUMS_ON_HOPPER and m == 128 and n >= 64
+
+
+def configuration(d: int, m: int, in_bulk: bool) -> dict:
     """Stages, registers and the order of products: a fixed table; nothing is autotuned inside an operator.
+
+    ``in_bulk``: the copy engine adds dv and dk, from as many slots for 32 columns as there is memory for.
 
     The registers are those of a thread of the second consumer and of the producer; the first consumer has the rest.
     """
+    tile = {"K_STAGES": 2, "V_STAGES": 2, "PRODUCER_WARPS": 4, "PRODUCER_REGISTERS": 48, "EARLY": True}
     if m == 64:  # two CTAs share a multiprocessor
-        tile = {"CONSUMERS": 1, "K_STAGES": 2, "V_STAGES": 2, "EARLY": True}
-        return tile | {"PRODUCER_WARPS": 4, "CONSUMER_REGISTERS": 0, "PRODUCER_REGISTERS": 48, "maxnreg": 128}
-    tile = {"CONSUMERS": 2, "K_STAGES": 2, "V_STAGES": 2, "EARLY": True}
-    return tile | {"PRODUCER_WARPS": 4, "CONSUMER_REGISTERS": 224, "PRODUCER_REGISTERS": 48, "maxnreg": 168}
+        tile |= {"CONSUMERS": 1, "CONSUMER_REGISTERS": 0, "maxnreg": 128}
+        return tile | {"OVERLAY": False, "SLOTS": 0, "LANES": False}
+    tile |= {"CONSUMERS": 2, "CONSUMER_REGISTERS": 224, "maxnreg": 168}
+    return tile | {"OVERLAY": in_bulk and d > 64, "SLOTS": 2 if in_bulk else 0, "LANES": in_bulk}
 
 
 def refusal(q: Tensor, scale: float, m: int) -> str | None:
@@ -206,24 +227,32 @@ def launch(
     m: int,
     n: int,
     **override,
-) -> None:
+) -> bool:
     """Write dq and add to dk_sum, dv_sum, dtail_k and dtail_v, together ``grads``: None for what is not wanted.
 
     ``lists`` are of the heads from ``first_head`` on; q, k, v, dout are ``attention_forward_hopper.aligned``.
-    ``override`` replaces entries of the table.
+    ``override`` replaces entries of the table. Returns whether the columns of the sums are in the order of
+    ``_in_order_of_lanes``.
     """
     _, Hq, Sq, D = q.shape
     _, Hkv, Sk, _ = k.shape
     heads, T = lists.keys.shape[1:]
     dq, dk_sum, dv_sum, _, _ = grads
     wide = max(q.stride(2) * Sq, dout.stride(2) * Sq, k.stride(2) * Sk, v.stride(2) * Sk) >= 1 << 31
-    config = configuration(D, m) | {"WIDE": wide} | override
+    in_bulk = override.pop("BULK", bulk(m, n) and (dk_sum is not None or dv_sum is not None))
+    config = configuration(D, m, in_bulk) | {"WIDE": wide} | override
+    descriptors = [
+        TensorDescriptor(x, [x.numel() // D, D], [D, 1], [64, 32], PIECE_SHARED.value)
+        if config["SLOTS"] and x is not None
+        else None
+        for x in (dk_sum, dv_sum)
+    ]
     work = work_order.launch(lists.keys, lists.clean)
     items = work.shape[0] - 1
     ctas = torch.cuda.get_device_properties(q.device).multi_processor_count * (3 - config["CONSUMERS"])
     _attention_bwd_hopper[(min(ctas, items),)](
         q, k, v, dout, statistics,
-        lists.lists, work, bias, order, tail_k, tail_v, lists.tail_bias, *grads,
+        lists.lists, work, bias, order, tail_k, tail_v, lists.tail_bias, *grads, *descriptors,
         *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *dout.stride()[:3],
         *((0, 0, 0) if dq is None else dq.stride()[:3]),
         0 if bias is None else bias.stride(0),
@@ -235,3 +264,4 @@ def launch(
         num_warps=4,
         **config,
     )  # fmt: skip
+    return config["LANES"]

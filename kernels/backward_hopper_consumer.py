@@ -9,15 +9,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
+from fg_inductor.kernels.backward_hopper_sums import LANES_PIECE, PIECE, add, add_bulk, finish_reads
 from fg_inductor.kernels.hopper_consumer import LOG2_E, _drawn
 from fg_inductor.kernels.hopper_work import count_tiles, load_work
-
-# Of 32 columns of an accumulator, by an exchange between neighbouring lanes: 4 columns a lane, 16 of a row together.
-PIECE = gl.constexpr(
-    gl.DistributedLinearLayout(
-        [[0, 1], [0, 2], [8, 0], [0, 16]], [[0, 8], [0, 4], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 32]
-    )
-)
 
 
 @gluon.jit
@@ -54,24 +48,6 @@ def _keys(
 
 
 @gluon.jit
-def _add(sum_ptr, key, used, x, FIRST: gl.constexpr, D: gl.constexpr, MASKED: gl.constexpr):
-    """x [64, columns FIRST ..] added to rows of a contiguous float32 tensor, 16 bytes at a time."""
-    if x.shape[1] > 32:
-        # Piece by piece, so that the exchange between lanes takes few registers.
-        left, right = x.reshape([64, 2, x.shape[1] // 2]).permute(0, 2, 1).split()
-        _add(sum_ptr, key, used, left, FIRST, D, MASKED)
-        _add(sum_ptr, key, used, right, FIRST + x.shape[1] // 2, D, MASKED)
-    elif FIRST < D:
-        layout: gl.constexpr = key.type.layout.parent
-        column = FIRST + gl.arange(0, 32, gl.SliceLayout(0, layout))
-        ptrs = sum_ptr + key.to(gl.int64)[:, None] * D + column[None, :]
-        if MASKED:
-            gl.atomic_add(ptrs, gl.convert_layout(x, layout), mask=used[:, None], sem="relaxed")
-        else:
-            gl.atomic_add(ptrs, gl.convert_layout(x, layout), sem="relaxed")
-
-
-@gluon.jit
 def _store(row_ptrs, inside, x, FIRST: gl.constexpr, D: gl.constexpr):
     """x [64, columns FIRST ..] to where its rows begin."""
     if x.shape[1] > 32:
@@ -102,8 +78,9 @@ def _scores(
 
 @gluon.jit
 def _begin_dq(
-    wg: gl.constexpr, k_bufs, k_full, ds_bufs, ds_full, tile, dq, CONSUMERS: gl.constexpr, K_STAGES: gl.constexpr
-):
+    wg: gl.constexpr, k_bufs, k_full, ds_bufs, ds_full, tile, dq, CONSUMERS: gl.constexpr, K_STAGES: gl.constexpr,
+    DS_STAGES: gl.constexpr,
+):  # fmt: skip
     """dq [64, BLOCK_D] of this warpgroup's queries with what all keys of a tile add, begun: CONSUMERS products."""
     mbarrier.wait(ds_full, tile & 1)
     for part in gl.static_range(CONSUMERS):
@@ -111,7 +88,7 @@ def _begin_dq(
         if part != wg:
             mbarrier.wait(k_full.index(stage), (tile // K_STAGES) & 1)
             fence_async_shared()
-        ds = ds_bufs.index(part)
+        ds = ds_bufs.index(tile % DS_STAGES * CONSUMERS + part)
         if CONSUMERS > 1:
             ds = ds.slice(wg * 64, 64, dim=1)
         dq = warpgroup_mma(ds.permute((1, 0)), k_bufs.index(stage), dq, is_async=True)
@@ -119,21 +96,27 @@ def _begin_dq(
 
 
 @gluon.jit
-def _free(k_empty, ds_empty, tile, CONSUMERS: gl.constexpr, K_STAGES: gl.constexpr, DS: gl.constexpr):
+def _free(
+    k_empty, v_empty, ds_empty, tile, CONSUMERS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
+    DS: gl.constexpr, OVERLAY: gl.constexpr,
+):  # fmt: skip
     """This warpgroup reads K and ds of a tile no more."""
     for part in gl.static_range(CONSUMERS):
         mbarrier.arrive(k_empty.index(tile % K_STAGES * CONSUMERS + part), count=1)
-    if DS:
+        if DS and OVERLAY:
+            mbarrier.arrive(v_empty.index(tile % V_STAGES * CONSUMERS + part), count=1)
+    if DS and not OVERLAY:
         mbarrier.arrive(ds_empty, count=1)
 
 
 @gluon.jit
 def _step(
     wg: gl.constexpr, q_side, buffers, bars, ds_side, tile, j, s, dq, index, keys, listed, total, qk_scale, level,
-    bias_ptr, tail_bias_ptr, sums, tail_sums, J,
+    bias_ptr, tail_bias_ptr, sums, tail_sums, bulk, J,
     D: gl.constexpr, N: gl.constexpr, CONSUMERS: gl.constexpr, K_STAGES: gl.constexpr, V_STAGES: gl.constexpr,
     HAS_BIAS: gl.constexpr, TAIL: gl.constexpr, WANT_Q: gl.constexpr, WANT_K: gl.constexpr, WANT_V: gl.constexpr,
-    EARLY: gl.constexpr, MASKED: gl.constexpr,
+    EARLY: gl.constexpr, OVERLAY: gl.constexpr, SLOTS: gl.constexpr, LANES: gl.constexpr,
+    MASKED: gl.constexpr,
     layout: gl.constexpr, out_layout: gl.constexpr,
 ):  # fmt: skip
     """Tile j of keys, whose scores are s. Returns the scores of the tile to come and dq."""
@@ -148,14 +131,18 @@ def _step(
     BLOCK_N: gl.constexpr = 64 * CONSUMERS
     BLOCK_D: gl.constexpr = q_buf.shape[1]
     DS: gl.constexpr = WANT_Q or WANT_K
+    DS_STAGES: gl.constexpr = V_STAGES if OVERLAY else 1
+    piece: gl.constexpr = LANES_PIECE if LANES else PIECE
     columns: gl.constexpr = gl.SliceLayout(0, layout)
     operand: gl.constexpr = gl.DotOperandLayout(0, out_layout, 2)
     dtype: gl.constexpr = q_buf.dtype
     stage = tile % V_STAGES * CONSUMERS + wg
     entry_buf = entry_bufs.index(tile % K_STAGES * CONSUMERS + wg)
+    ds_buf = ds_bufs.index(tile % DS_STAGES * CONSUMERS + wg)
     if DS:
-        # Long past, in general. Waited for where ds is stored, it would cost registers: p is not packed across it.
-        mbarrier.wait(ds_empty, (tile & 1) ^ 1)
+        if not OVERLAY:
+            # Long past, in general. Waited for where ds is stored, it would cost registers: p is not packed across it.
+            mbarrier.wait(ds_empty, (tile & 1) ^ 1)
         mbarrier.wait(v_full.index(stage), (tile // V_STAGES) & 1)
         fence_async_shared()
         dp = statistics_buf.index(1).load(columns)[None, :] + gl.zeros([64, BLOCK_N], gl.float32, layout)
@@ -176,51 +163,64 @@ def _step(
         p = gl.exp2(s * qk_scale)
     if DS:
         dp = warpgroup_mma_wait(0, deps=(dp,))
-        ds_bufs.index(wg).store((p * dp).to(dtype))
+        ds_buf.store((p * dp).to(dtype))
         # Stores go through the generic proxy, too.
         fence_async_shared()
         mbarrier.arrive(ds_full, count=1)
-        mbarrier.arrive(v_empty.index(stage), count=1)
+        if not OVERLAY:
+            mbarrier.arrive(v_empty.index(stage), count=1)
     p_operand = gl.convert_layout(p.to(dtype), operand)
 
     dk_ptr, dv_ptr = sums
     if MASKED and TAIL:  # noqa: SIM102
         if j >= listed:
             dk_ptr, dv_ptr = tail_sums
-    key, _, used = _keys(
-        wg, entry_buf, j, index, keys, listed, bias_ptr, tail_bias_ptr, J, N, BLOCK_N, HAS_BIAS, TAIL, MASKED,
-        gl.SliceLayout(1, PIECE),
-    )  # fmt: skip
+    dk_desc, dv_desc, staging, first_row = bulk
+    if SLOTS > 0 and not MASKED:
+        # The keys of a unit are neighbours.
+        entry = gl.sum(entry_buf.slice(0, 1).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
+        row = first_row + entry * N + (j * BLOCK_N + wg * 64) % N
+    else:
+        key, _, used = _keys(
+            wg, entry_buf, j, index, keys, listed, bias_ptr, tail_bias_ptr, J, N, BLOCK_N, HAS_BIAS, TAIL, MASKED,
+            gl.SliceLayout(1, piece),
+        )  # fmt: skip
     DQ: gl.constexpr = CONSUMERS if WANT_Q else 0  # products that make dq
     if WANT_V:
         dv = gl.zeros([64, BLOCK_D], gl.float32, out_layout)
         dv = warpgroup_mma(p_operand, dout_buf, dv, use_acc=False, is_async=True)
     if WANT_Q and EARLY:
-        dq = _begin_dq(wg, k_bufs, k_full, ds_bufs, ds_full, tile, dq, CONSUMERS, K_STAGES)
+        dq = _begin_dq(wg, k_bufs, k_full, ds_bufs, ds_full, tile, dq, CONSUMERS, K_STAGES, DS_STAGES)
     if WANT_V:
         # The operand stays where it is while the product reads it.
         dv, _ = warpgroup_mma_wait(DQ if EARLY else 0, deps=(dv, p_operand))
-        _add(dv_ptr, key, used, dv, 0, D, MASKED)
+        if SLOTS > 0 and not MASKED:
+            add_bulk(wg, dv_desc, row, staging, dv, 0, D, SLOTS, LANES, piece)
+        else:
+            add(dv_ptr, key, used, dv, 0, D, LANES, MASKED)
     if WANT_K:
         dk = gl.zeros([64, BLOCK_D], gl.float32, out_layout)
-        dk = warpgroup_mma(ds_bufs.index(wg), q_buf, dk, use_acc=False, is_async=True)
+        dk = warpgroup_mma(ds_buf, q_buf, dk, use_acc=False, is_async=True)
     if WANT_Q and not EARLY:
-        dq = _begin_dq(wg, k_bufs, k_full, ds_bufs, ds_full, tile, dq, CONSUMERS, K_STAGES)
+        dq = _begin_dq(wg, k_bufs, k_full, ds_bufs, ds_full, tile, dq, CONSUMERS, K_STAGES, DS_STAGES)
     if WANT_K:
         dk = warpgroup_mma_wait(0 if EARLY else DQ, deps=(dk,))
     if EARLY:
         if WANT_Q:
             dq = warpgroup_mma_wait(0, deps=(dq,))
-        _free(k_empty, ds_empty, tile, CONSUMERS, K_STAGES, DS)
+        _free(k_empty, v_empty, ds_empty, tile, CONSUMERS, K_STAGES, V_STAGES, DS, OVERLAY)
     if not MASKED:
         # Not before: with its operand alive there would be no registers for the scores.
         s = _scores(wg, k_bufs, k_full, q_buf, statistics_buf, tile + 1, CONSUMERS, K_STAGES, layout)
     if WANT_K:
-        _add(dk_ptr, key, used, dk, 0, D, MASKED)
+        if SLOTS > 0 and not MASKED:
+            add_bulk(wg, dk_desc, row, staging, dk, 0, D, SLOTS, LANES, piece)
+        else:
+            add(dk_ptr, key, used, dk, 0, D, LANES, MASKED)
     if not EARLY:
         if WANT_Q:
             dq = warpgroup_mma_wait(0 if MASKED else 1, deps=(dq,))
-        _free(k_empty, ds_empty, tile, CONSUMERS, K_STAGES, DS)
+        _free(k_empty, v_empty, ds_empty, tile, CONSUMERS, K_STAGES, V_STAGES, DS, OVERLAY)
     if not MASKED:
         s = warpgroup_mma_wait(0, deps=(s,))
     elif j + 1 < total:
@@ -234,14 +234,15 @@ def consumer(
     wg: gl.constexpr, q_side, buffers, bars, ds_side, tensors, results, sizes, dq_strides, scale, qk_scale,
     D: gl.constexpr, BLOCK_D: gl.constexpr, N: gl.constexpr, CONSUMERS: gl.constexpr, K_STAGES: gl.constexpr,
     V_STAGES: gl.constexpr, HAS_BIAS: gl.constexpr, HAS_ORDER: gl.constexpr, TAIL: gl.constexpr,
-    WANT_Q: gl.constexpr, WANT_K: gl.constexpr, WANT_V: gl.constexpr, EARLY: gl.constexpr,
+    WANT_Q: gl.constexpr, WANT_K: gl.constexpr, WANT_V: gl.constexpr, EARLY: gl.constexpr, OVERLAY: gl.constexpr,
+    SLOTS: gl.constexpr, LANES: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup ``wg``: 64 keys of each tile for their dk and dv, 64 queries for their dq."""
     q_bufs, _, statistics_buf, level_buf, q_full, q_empty, place_buf, place_full = q_side
     k_bufs, _, _, _ = buffers
     k_full, _, _, _ = bars
     work_ptr, bias_ptr, order_ptr, tail_bias_ptr = tensors
-    dq_ptr, dk_sum_ptr, dv_sum_ptr, dtail_k_ptr, dtail_v_ptr = results
+    dq_ptr, dk_sum_ptr, dv_sum_ptr, dtail_k_ptr, dtail_v_ptr, dk_desc, dv_desc, staging = results
     first_head, heads, SHARE, Hkv, Sq, Sk, X, J, ITEMS, stride_bb = sizes
     stride_gb, stride_gh, stride_gs = dq_strides
     BLOCK_N: gl.constexpr = 64 * CONSUMERS
@@ -268,6 +269,7 @@ def consumer(
         if TAIL and WANT_V:
             tail_dv_ptr += head * J * D
         sums, tail_sums = (dk_ptr, dv_ptr), (tail_dk_ptr, tail_dv_ptr)
+        bulk = (dk_desc, dv_desc, staging, head.to(gl.int32) * Sk)
         level = 0.0
         if HAS_BIAS:
             level = gl.sum(level_buf.load(gl.BlockedLayout([1], [32], [4], [0])), 0)
@@ -279,15 +281,17 @@ def consumer(
         for j in range(0, full):
             s, dq = _step(
                 wg, q_side, buffers, bars, ds_side, tile + j, j, s, dq, index, keys, listed, total, qk_scale, level,
-                entry_bias_ptr, tail_bias_ptr, sums, tail_sums, J,
-                D, N, CONSUMERS, K_STAGES, V_STAGES, HAS_BIAS, TAIL, WANT_Q, WANT_K, WANT_V, EARLY, False,
+                entry_bias_ptr, tail_bias_ptr, sums, tail_sums, bulk, J,
+                D, N, CONSUMERS, K_STAGES, V_STAGES, HAS_BIAS, TAIL, WANT_Q, WANT_K, WANT_V, EARLY, OVERLAY,
+                SLOTS, LANES, False,
                 layout, out_layout,
             )  # fmt: skip
         for j in range(full, total):
             s, dq = _step(
                 wg, q_side, buffers, bars, ds_side, tile + j, j, s, dq, index, keys, listed, total, qk_scale, level,
-                entry_bias_ptr, tail_bias_ptr, sums, tail_sums, J,
-                D, N, CONSUMERS, K_STAGES, V_STAGES, HAS_BIAS, TAIL, WANT_Q, WANT_K, WANT_V, False, True,
+                entry_bias_ptr, tail_bias_ptr, sums, tail_sums, bulk, J,
+                D, N, CONSUMERS, K_STAGES, V_STAGES, HAS_BIAS, TAIL, WANT_Q, WANT_K, WANT_V, False, OVERLAY,
+                SLOTS, LANES, True,
                 layout, out_layout,
             )  # fmt: skip
         mbarrier.arrive(q_empty, count=1)
@@ -302,3 +306,5 @@ def consumer(
             _store(ptrs, row < Sq, dq * scale, 0, D)
         i += 1
         place = _drawn(place_buf, place_full, i)
+    if SLOTS > 0:
+        finish_reads(0)  # before this CTA's shared memory is another's

@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
 
 from fg_inductor.kernels import attention_backward, attention_backward_keys, attention_forward, ops
 from fg_inductor.kernels.mask import GROUPS, SLICES, group_count, pack, word_count
@@ -93,16 +94,53 @@ def test_cases_on_hopper(case, dtype, kernel_name, device, poison):
     check(case, dtype, device, split=False, kernel_name=kernel_name)
 
 
+@pytest.mark.parametrize("dim", [64, 96, 128])
+def test_columns_in_order_of_lanes(dim, device, poison):
+    """The rounding of sums puts the columns of a tensor-core accumulator back: 0 1 8 9 2 3 10 11 .. of each 16."""
+    x = torch.randn(1, 2, 70, dim, device=device)
+    sums = x.unflatten(-1, (-1, 2, 4, 2)).transpose(-2, -3).reshape(x.shape)
+    assert torch.equal(sums[..., :8], x[..., [0, 1, 8, 9, 2, 3, 10, 11]])
+    grad = torch.empty_like(x)
+    sizes = dict(D=dim, BLOCK_D=triton.next_power_of_2(dim), BLOCK=64, SUMMARY=128)
+    attention_backward._finish[(2, 2)](
+        sums, None, None, None, grad, *grad.stride()[:3], 0, 2, 70, 0, 1.0,
+        **sizes, TAIL=False, HAS_BIAS=False, LANES=True,
+    )  # fmt: skip
+    assert torch.equal(grad, x)
+
+
+# Units of 64 keys whose sums the copy engine adds, beside those with something to mask, which are added by threads.
+BULK_CASES = [
+    Case("one-tile", m=128, n=64, queries=128, keys=128, dim=128, keep="full"),  # masked: it is the last
+    Case("two-tiles", m=128, n=64, queries=128, keys=256, dim=128, keep="full"),
+    Case("ragged", m=128, n=64, queries=1000, keys=1100, heads=4, kv_heads=2, dim=128, density=0.5),
+    Case("n128", m=128, n=128, queries=1000, keys=3000, heads=3, kv_heads=1, batch=2, dim=128, density=0.5),
+    Case("tail-ordered", m=128, n=64, queries=1000, keys=2100, dim=128, ordered=True, tail="pooled", density=0.5),
+    Case("padding", m=128, n=64, queries=1000, keys=2100, batch=2, dim=128, bias="padding", density=0.5),
+    Case("dim-96", m=128, n=128, queries=1000, keys=2100, dim=96, density=0.5),
+    Case("dim-64", m=128, n=64, queries=1000, keys=2100, dim=64, density=0.5),
+    Case("many", m=128, n=64, queries=9000, keys=3000, heads=6, kv_heads=3, dim=128, density=0.4),
+]
+
+
 @hopper_only
 @pytest.mark.parametrize("early", [False, True], ids=["late", "early"])
-@pytest.mark.parametrize("m", [64, 128])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", BULK_CASES, ids=str)
+def test_sums_in_bulk_on_hopper(case, dtype, early, kernel_name, device, poison):
+    check(case, dtype, device, split=False, kernel_name=kernel_name, hopper={"BULK": True, "EARLY": early})
+
+
+@hopper_only
+@pytest.mark.parametrize("early", [False, True], ids=["late", "early"])
+@pytest.mark.parametrize(("m", "n", "bulk"), [(64, 8, False), (128, 8, False), (128, 64, True)])
 @pytest.mark.parametrize("wanted", [(1, 0, 0), (0, 1, 0), (0, 0, 1), (1, 0, 1), (0, 1, 1)], ids=str)
-def test_wanted_on_hopper(wanted, m, early, kernel_name, device, poison):
+def test_wanted_on_hopper(wanted, m, n, bulk, early, kernel_name, device, poison):
     """Each subset is another program, with other barriers; dq alone is what the schedule by keys asks for."""
-    case = Case("wanted", m=m, n=8, queries=500, keys=700, heads=4, kv_heads=2, dim=128, tail="pooled", ordered=True)
+    case = Case("wanted", m=m, n=n, queries=500, keys=700, heads=4, kv_heads=2, dim=128, tail="pooled", ordered=True)
     arguments, dout = problem(case, torch.bfloat16, device)
     exact, plain = reference_gradients(arguments, dout)
-    options = dict(split=False, kernel_name=kernel_name, hopper={"EARLY": early})
+    options = dict(split=False, kernel_name=kernel_name, hopper={"EARLY": early, "BULK": bulk})
     grads = launch(arguments, dout, m, wanted=wanted, **options)
     for name, want, x, *expected in zip(("dq", "dk", "dv"), wanted, grads, plain, exact, strict=True):
         if want:
@@ -186,9 +224,10 @@ def test_only_wanted(split, device, poison):
 
 def test_deterministic_algorithms_have_no_atomics():
     assert not attention_backward.by_keys(8, 64) and attention_backward.by_keys(64, 64)
+    assert not attention_backward.by_keys(64, 64, bulk=True)
     torch.use_deterministic_algorithms(True)
     try:
-        assert attention_backward.by_keys(8, 64)
+        assert attention_backward.by_keys(8, 64) and attention_backward.by_keys(64, 64, bulk=True)
     finally:
         torch.use_deterministic_algorithms(False)
 

@@ -25,6 +25,7 @@ from fg_inductor.kernels import (
     attention_backward_slices,
     attention_forward,
     attention_forward_hopper,
+    backward_hopper_sums,
     column_lists,
     drift,
     group_means,
@@ -56,6 +57,8 @@ def compile_for_hopper(kernel, constants: dict, **options):
             signature[name] = "constexpr"
         elif name in TUPLES:
             signature[name] = TUPLES[name]
+        elif name.endswith("_desc"):
+            signature[name] = f"tensordesc<fp32[64, 32],{backward_hopper_sums.PIECE_SHARED.value!r}>"
         elif name.endswith("_ptr"):
             signature[name] = POINTERS.get(name, "*bf16")
         else:
@@ -168,13 +171,14 @@ def backward_by_slices(m: int, n: int, d: int, *, bias=False, order=False, tail=
     return resources(attention_backward_slices._attention_bwd_slices, variant, constants, num_warps=warps)
 
 
-def backward_hopper(m: int, n: int, d: int, *, bias=False, order=False, tail=False, sums=True) -> dict:
+def backward_hopper(m: int, n: int, d: int, *, bias=False, order=False, tail=False, sums=True, bulk=False) -> dict:
     """``attention_backward_hopper`` as its launcher configures it; without ``sums`` for dq alone."""
-    config = attention_backward_hopper.configuration(d, m)
+    config = attention_backward_hopper.configuration(d, m, bulk)
     registers = config.pop("maxnreg")
     constants = dict(D=d, BLOCK_D=triton.next_power_of_2(d), N=n, WIDE=False, **config)
     constants |= _inputs(bias, order, tail) | _gradients(sums, tail)
-    variant = f"{m}x{n} D {d}{_words(bias=bias, order=order, tail=tail, dq=not sums)}"
+    constants |= _absent(dk_desc=bulk, dv_desc=bulk)
+    variant = f"{m}x{n} D {d}{_words(bias=bias, order=order, tail=tail, bulk=bulk, dq=not sums)}"
     kernel = attention_backward_hopper._attention_bwd_hopper
     return resources(kernel, variant, constants, num_warps=4, maxnreg=registers)
 
@@ -223,6 +227,8 @@ def table() -> list[dict]:
     rows += [backward_hopper(128, 1, 128), backward_hopper(64, 8, 128), backward_hopper(128, 8, 96)]
     rows += [backward_hopper(128, 8, 128, bias=True), backward_hopper(128, 8, 128, order=True, tail=True)]
     rows.append(backward_hopper(128, 64, 128, sums=False))
+    rows += [backward_hopper(128, 64, d, bulk=True) for d in (128, 96, 64)]
+    rows.append(backward_hopper(128, 64, 128, bias=True, order=True, tail=True, bulk=True))
     lists = dict(N=8, SUB=1, BLOCK=column_lists.BLOCK, BLOCK_W=128, SUMMARY=128, TAIL=False, HAS_BIAS=False)
     absent = dict.fromkeys(("clean_ptr", "mixed_ptr", "group_keys_ptr", "block_keys_ptr", "block_bias_ptr"))
     rows.append(resources(column_lists._column_lists, "N 8", lists | absent | {"tail_bias_ptr": None}))
