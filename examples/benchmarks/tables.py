@@ -38,23 +38,26 @@ SUMMARY = (
     ("attention, 30% kept key by key", WAN, {**PLAIN, "slice": "128x1", "density": 0.3}),
     ("attention, 10% kept in groups of 8 keys", WAN, {**PLAIN, "slice": "128x8", "density": 0.1}),
     ("attention, everything kept", WAN, {**PLAIN, "slice": "128x8", "density": 1.0}),
-    ("backward of attention, 30% kept key by key", "training_attention.json", {"work": "backward"}),
+    ("backward of attention, 30% kept key by key", "training_attention.json", {"work": "backward", "slice": "128x1"}),
     (
-        "its forward, backward and selection",
+        "forward, backward and selection, the default slice",
         "training_attention.json",
-        {"work": "selection, forward and backward"},
+        {"work": "selection, forward and backward", "slice": "128x16"},
     ),
+    ("a training step of 4 layers of the transformer, 30% kept", "training_step.json", {"variant": "fgattn"}),
     ("a denoising step of the transformer, 30% kept", "model_wan2.1-1.3b-720p.json", {"variant": "fgattn, pooled"}),
     ("a denoising step of the transformer, 30% kept", "model_wan2.1-14b-720p.json", {"variant": "fgattn, pooled"}),
 )
+QUALITY_FILES = ("quality_emulated.json", "quality_default.json")
 QUALITY = (
     "FG-Attn's rule: one mean of 128 queries, single keys, raster order",
     "64-key blocks, raster order",
     "top-p of the mass, one p for all, 128x8",
-    "128x8, means of 16, queries in rods, keys in raster order (default before)",
-    "128x16, keys in query order (default)",
-    "128x16, keys in query order, pooled tail",
-    "exact mass of this step, 128x16, keys in query order",
+    "128x8, means of 16, queries in rods, keys in raster order",
+    "128x16, keys in query order, a step in time counts as four (default before)",
+    "exact mass of this step, 128x16, keys in query order, a step in time counts as four",
+    "**default**: 128x16, keys in query order, time as height and width",
+    "**default** with the pooled tail",
 )
 LAST = ("baseline", "baseline_ms", "median_ms", "ratio")  # in this order at the right of each table
 
@@ -118,25 +121,51 @@ def summary_table(folder: Path = HERE / "results", summary=SUMMARY) -> str:
     return "\n".join([*lines, "", f"{'; '.join(sorted(cards))}."])
 
 
-def quality_table(file: Path = HERE / "results" / "quality_emulated.json", variants=QUALITY) -> str:
+def quality_table(folder: Path = HERE / "results", variants=QUALITY, files=QUALITY_FILES) -> str:
     """PSNR against dense attention, the mean over the videos, as Markdown: a row for each of ``variants``."""
-    records = json.loads(file.read_text())
+    records = [r for file in files for r in json.loads((folder / file).read_text())]
     columns = list(dict.fromkeys((r["model"], r["density"]) for r in records))
     names = [f"{model.partition(',')[0]}, {density:g} kept" for model, density in columns]
     lines = ["| mask | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
+    videos = set()
     for variant in variants:
         found = {(r["model"], r["density"]): r for r in records if r["variant"] == variant}
+        if not found:
+            raise ValueError(f"tables: no record of {', '.join(files)} has the variant {variant!r}; change QUALITY.")
+        videos |= {r["videos"] for r in found.values()}
         cells = (f"{found[c]['psnr_db']:.1f}" if c in found else "" for c in columns)
         lines.append(f"| {variant} | " + " | ".join(cells) + " |")
     models = dict.fromkeys(r["model"] for r in records)
-    videos = {r["videos"] for r in records}
-    return "\n".join([*lines, "", f"PSNR in dB, mean of {max(videos)} videos each. {'; '.join(models)} steps."])
+    few, many = min(videos), max(videos)
+    return "\n".join([*lines, "", f"PSNR in dB, mean of {few} to {many} videos each. {'; '.join(models)} steps."])
+
+
+def peers_table(file: Path = HERE / "results" / "peers.json") -> str:
+    """Times and errors of sparse attention kernels by density, as Markdown: a row for each kernel."""
+    records = json.loads(file.read_text())
+    dense, *_ = records
+    densities = sorted({r["density"] for r in records if r["density"] < 1}, reverse=True)
+    names = [f"{what}, {density:g} kept" for density in densities for what in ("ms", "speed-up", "error")]
+    lines = ["| kernel, M x N | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
+    for variant in dict.fromkeys(r["variant"] for r in records if r["density"] < 1):
+        found = {r["density"]: r for r in records if r["variant"] == variant}
+        label = " ".join(filter(None, (variant, found[densities[0]].get("version"))))
+        cells = (_text(found[density][name], name) for density in densities for name in ("median_ms", "ratio", "error"))
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    shape, versions = _text(dense["shape"], "shape"), f"torch {dense['torch']}, Triton {dense['triton']}"
+    where = f"{dense['card']}, {versions}; {shape}, bfloat16; {dense['variant']}: {_text(dense['median_ms'], '')} ms"
+    return "\n".join([*lines, "", f"{where}."])
 
 
 def sections() -> dict[Path, dict[str, str]]:
     """The generated sections of each file."""
     return {
-        README: {"summary": summary_table(), "quality": quality_table(), "options": options_table()},
+        README: {
+            "summary": summary_table(),
+            "quality": quality_table(),
+            "peers": peers_table(),
+            "options": options_table(),
+        },
         BENCHMARKS: {"measured": measured_tables()},
     }
 
