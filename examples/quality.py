@@ -37,7 +37,7 @@ import torch.nn.functional as F
 import video_metrics
 from diffusers import WanTransformer3DModel
 from matplotlib.figure import Figure
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from tqdm import tqdm
@@ -153,18 +153,24 @@ class SelfAttentionInputs(TorchFunctionMode):
 
 
 @torch.no_grad()
-def layer_errors(model: nn.Module, text: Tensor, args) -> Iterator[dict]:
-    """The relative L2 error of each layer's attention, at noise level ``args.level`` of a dense run's own video.
-
-    Of the stateless methods: a mask that is kept over steps has no meaning in a single call.
-    """
+def attention_inputs(model: nn.Module, text: Tensor, args) -> tuple[list[tuple[Tensor, Tensor, Tensor]], tuple]:
+    """q, k and v of each layer, at noise level ``args.level`` of a dense run's own video; and its token grid."""
     video = sample(model, model, text, args.seeds[0], args)
     clean = (video * 2 - 1).transpose(0, 1)[None]
     noise = torch.randn(clean.shape, generator=torch.Generator().manual_seed(1)).to(clean.device)
     timestep = torch.full((1,), 1000 * args.level, device=clean.device)
     with SelfAttentionInputs() as calls:
         model((1 - args.level) * clean + args.level * noise, timestep, text, return_dict=False)
-    grid = tuple(size // by for size, by in zip(clean.shape[2:], model.config.patch_size, strict=True))
+    return calls.inputs, tuple(size // by for size, by in zip(clean.shape[2:], model.config.patch_size, strict=True))
+
+
+@torch.no_grad()
+def layer_errors(model: nn.Module, text: Tensor, args) -> Iterator[dict]:
+    """The relative L2 error of each layer's attention.
+
+    Of the stateless methods: a mask that is kept over steps has no meaning in a single call.
+    """
+    inputs, grid = attention_inputs(model, text, args)
 
     def attend(q, k, v):
         return F.scaled_dot_product_attention(query=q, key=k, value=v)
@@ -175,7 +181,7 @@ def layer_errors(model: nn.Module, text: Tensor, args) -> Iterator[dict]:
             continue
         torch._dynamo.reset()
         run = torch.compile(attend, backend="fgattn", options={"fgattn.token_grid": grid, **options})
-        for layer, (q, k, v) in enumerate(calls.inputs):
+        for layer, (q, k, v) in enumerate(inputs):
             exact = attend(q.float(), k.float(), v.float())
             error = ((run(q, k, v).float() - exact).norm() / exact.norm()).item()
             yield {"method": method, "density": density, "layer": layer, "error": error}
@@ -231,6 +237,8 @@ def draw(rows: list[dict], layers: list[dict], title: str) -> Figure:
 
 def main() -> None:
     args = parse_args()
+    if args.qkv:
+        return save_attention_inputs(args)
     result = together(args.plot) if args.plot else measured(args)
     for row in result["summary"]:
         figures = ", ".join(
@@ -245,6 +253,14 @@ def main() -> None:
     )
     draw(result["summary"], result["layers"], title).savefig(f"{args.out}.png", dpi=110)
     print(f"{args.out}.json, {args.out}.png")
+
+
+def save_attention_inputs(args) -> None:
+    """One layer's q, k and v, for ``python -m fg_inductor bench attention`` and ``bench peers``."""
+    model = load_model(args.weights, args.device).requires_grad_(False)
+    inputs, grid = attention_inputs(model, text_of(args.source, model, args.device), args)
+    save_file({name: x.contiguous() for name, x in zip("qkv", inputs[args.layer], strict=True)}, args.qkv)
+    print(f"{args.qkv}: layer {args.layer} of {len(inputs)}; --qkv {args.qkv} --grid {' '.join(map(str, grid))}")
 
 
 def measured(args) -> dict:
@@ -289,6 +305,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2] if cuda else [0, 1])
     parser.add_argument("--level", type=float, default=0.6, help="noise level at which layers are compared")
     parser.add_argument("--plot", nargs="+", metavar="FILE", help="put OUT.json files together instead of sampling")
+    parser.add_argument("--qkv", metavar="FILE", help="write q, k and v of --layer there, at noise --level, and stop")
+    parser.add_argument("--layer", type=int, default=1)
     parser.add_argument("--out", default="fgattn_quality", help="OUT.json and OUT.png")
     return parser.parse_args()
 

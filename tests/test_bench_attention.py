@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from fg_inductor.bench import attention
 from fg_inductor.bench.common import PRESETS, Timing, measure
@@ -44,6 +45,8 @@ def test_several_of_everything():
         ("--density 30%", "'30%' is not a number in (0, 1]"),
         ("--density nan", "'nan' is not a number in (0, 1]"),
         ("--kernel triton", "invalid choice: 'triton'"),
+        ("--qkv x.safetensors", "--qkv and --grid go together"),
+        ("--qkv x.safetensors --grid 1 2 3 --preset ltx-2b", "--qkv has its own sizes"),
         ("--baselines fa4", "invalid choice: 'fa4'"),
         ("--out x.json", "unrecognized arguments: --out"),
     ],
@@ -205,6 +208,21 @@ def test_ratio_is_to_cudnn(calls, monkeypatch):
     assert (row["baseline"], row["baseline_ms"], row["ratio"]) == ("cuDNN dense", 8.0, 8.0)
     assert row["rate"] == pytest.approx(row["kept"] * 8.0)
     assert row["baseline_tflops"] == pytest.approx(4 * 2 * 300 * 300 * 64 / 1e12 / 0.008)
+
+
+def test_inputs_of_a_model(calls, tmp_path):
+    """Masks are selected, and right in query order: q and the result move, and keys too where they are in groups."""
+    file = tmp_path / "qkv.safetensors"
+    generator = torch.Generator().manual_seed(0)
+    save_file({name: torch.randn(1, 2, 5 * 6 * 7, 64, generator=generator) for name in "qkv"}, file)
+    text = f"--qkv {file} --grid 5 6 7 --dtype float16 --slice 64x1 64x8 16x8 --density 0.4 --baselines --phases"
+    rows = list(attention.rows(attention.parse(text.split()), "cpu"))
+    assert [row["slice"] for row in rows] == ["64x1", "64x8", "16x8"]
+    for row in rows:
+        assert row["shape"] == [1, 2, 210, 64] and row["lists"] == "selected" and row["preset"] is None
+        assert row["error"] < 0.01 and 0.35 < row["kept"] < 0.5
+    with pytest.raises(SystemExit, match="self-attention over the 200 tokens"):
+        next(attention.rows(attention.parse(f"--qkv {file} --grid 5 5 8".split()), "cpu"))
 
 
 def test_phases(calls):

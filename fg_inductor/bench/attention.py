@@ -9,12 +9,17 @@ work over the share of cuDNN's time. Times are medians, JSON holds their 20th an
 relative L2 against float64, over a few slices of the last head. "union" is what a tile of several slices computes over
 what they keep (1 would be slices that agree); random lists hardly agree, those of a model do (kernels/query_order.py).
 
+--qkv FILE takes q, k and v of a model instead ([1, H, S, D], safetensors; examples/quality.py --qkv writes them), of a
+video of --grid tokens. Then the mask is the backend's own: queries in query order, groups selected by the default rule,
+and keys in that order too where N is not 1.
+
 --phases adds what goes with it: "lists_ms" expands the mask to column lists (a part of "median_ms"), "tail_ms" is what
 the pooled tail adds, "select_ms" makes a mask from q and k, "together_ms" selects and attends.
 """
 
 import argparse
 import itertools
+import math
 from collections.abc import Callable, Iterator
 
 import torch
@@ -37,6 +42,7 @@ from fg_inductor.bench.masks import LISTS, make_mask
 from fg_inductor.kernels import ops, reference
 from fg_inductor.kernels.checks import HEAD_DIMS, KERNELS, TAILS
 from fg_inductor.kernels.mask import group_count, unpack
+from fg_inductor.settings import Settings
 
 COLUMNS = [
     "variant", "slice", "lists", "tail", "kept", "union", "tflop", "median_ms", "tflops", "ratio", "rate",
@@ -56,6 +62,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seq", type=positive, help="tokens; with --heads and --dim, instead of a preset")
     parser.add_argument("--heads", type=positive)
     parser.add_argument("--dim", type=int, choices=HEAD_DIMS)
+    parser.add_argument("--qkv", metavar="FILE", help="safetensors with q, k and v, instead of sizes and --lists")
+    parser.add_argument("--grid", nargs=3, type=positive, metavar=("T", "H", "W"), help="tokens of the video of --qkv")
     parser.add_argument("--batch", type=positive, default=1)
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--slice", nargs="+", type=mask_slice, default=[(128, 8)], metavar="MxN")
@@ -75,7 +83,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--preset {args.preset} has its own --seq, --heads and --dim; leave out one or the others")
     if any(sizes) and not all(sizes):
         parser.error("--seq, --heads and --dim go together; give all three, or a --preset")
-    if not any(sizes):
+    if (args.qkv is None) != (args.grid is None):
+        parser.error("--qkv and --grid go together")
+    if args.qkv:
+        if args.preset or any(sizes):
+            parser.error("--qkv has its own sizes; leave out --preset, --seq, --heads and --dim")
+        args.lists = ["selected"]
+    elif not any(sizes):
         args.preset = args.preset or DEFAULT_PRESET
         args.heads, args.seq, args.dim = (PRESETS[args.preset][name] for name in ("heads", "tokens", "dim"))
     return args
@@ -86,12 +100,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def rows(args: argparse.Namespace, device: str = "cuda") -> Iterator[dict]:
     """Measure; a record for each row of the table."""
-    shape = (args.batch, args.seq, args.heads, args.dim)
     dtype = getattr(torch, args.dtype)
-    count = sets_past_l2(3 * torch.Size(shape).numel() * dtype.itemsize) if device == "cuda" else 1
-    inputs = [
-        tuple(torch.randn(shape, device=device, dtype=dtype).transpose(1, 2) for _ in range(3)) for _ in range(count)
-    ]
+    inputs = _of_a_model(args, dtype, device) if args.qkv else _random(args, dtype, device)
+    args.batch, args.heads, args.seq, args.dim = inputs[0][0].shape
     dense_work = 4 * args.batch * args.heads * args.seq**2 * args.dim / 1e12
     head = environment() | {"bench": "attention", "preset": args.preset, "shape": list(inputs[0][0].shape)}
     head["dtype"] = args.dtype
@@ -110,23 +121,60 @@ def rows(args: argparse.Namespace, device: str = "cuda") -> Iterator[dict]:
         if name in args.baselines:
             yield row(_dense(inputs, backend), 1.0, variant=variant)
     for (m, n), density, lists in itertools.product(args.slice, args.density, args.lists):
-        q, k, v = inputs[0]
-        mask = make_mask(lists, args.batch, args.heads, args.seq, args.seq, m, n, density, device)
+        if args.qkv:
+            sparse, mask, order = _selected(inputs, args.grid, m, n, density)
+        else:
+            sparse, order = inputs, None
+            mask = make_mask(lists, args.batch, args.heads, args.seq, args.seq, m, n, density, device)
         kept = ops.kept_density(mask, None, args.seq, args.seq, m, n).item()
         what = {"slice": f"{m}x{n}", "lists": lists, "density": density}
-        if "flex" in args.baselines and m == 128 and n in (64, 128):
+        if "flex" in args.baselines and m == 128 and n in (64, 128) and order is None:
             timing, out = _flex(inputs, mask, n)
-            found = {"error": error(out, q, k, v, mask, None, None, args.dim**-0.5, m, n, "none")}
+            found = {"error": error(out, *inputs[0], mask, None, None, args.dim**-0.5, m, n, "none")}
             yield row(timing, kept, variant="FlexAttention", **what) | found
         for tail in args.tail:
-            call = (mask, None, None, args.dim**-0.5, m, n, tail, 0)
-            for variant, kernel in _kernels(args.kernel, inputs[0], call).items():
-                timing = _attention(inputs, call, kernel)
-                extra = _phases(inputs, call, kernel, timing.median, density) if args.phases else {}
-                found = {"error": error(ops.attention(q, k, v, *call, kernel)[0], q, k, v, *call[:-1])}
+            call = (mask, None, order, args.dim**-0.5, m, n, tail, 0)
+            for variant, kernel in _kernels(args.kernel, sparse[0], call).items():
+                timing = _attention(sparse, call, kernel)
+                extra = _phases(sparse, call, kernel, timing.median, density) if args.phases else {}
+                found = {"error": error(ops.attention(*sparse[0], *call, kernel)[0], *sparse[0], *call[:-1])}
                 if (slices := _slices_of_a_tile(args.dim, m, variant)) > 1:
                     found["union"] = union_of(mask, args.seq, n, slices)
                 yield row(timing, kept, variant=variant, tail=tail, **what) | extra | found
+
+
+def _random(args: argparse.Namespace, dtype: torch.dtype, device: str) -> Inputs:
+    shape = (args.batch, args.seq, args.heads, args.dim)
+    count = sets_past_l2(3 * torch.Size(shape).numel() * dtype.itemsize) if device == "cuda" else 1
+    return [
+        tuple(torch.randn(shape, device=device, dtype=dtype).transpose(1, 2) for _ in range(3)) for _ in range(count)
+    ]
+
+
+def _of_a_model(args: argparse.Namespace, dtype: torch.dtype, device: str) -> Inputs:
+    """q, k and v of a file in BSHD storage, copied so often that the copies pass the L2 cache."""
+    from safetensors.torch import load_file
+
+    found = load_file(args.qkv)
+    qkv = [found[name].transpose(1, 2).to(device, dtype).contiguous().transpose(1, 2) for name in ("q", "k", "v")]
+    if len({x.shape for x in qkv}) > 1 or qkv[0].shape[2] != math.prod(args.grid):
+        raise SystemExit(
+            f"bench attention: {args.qkv} holds q {list(qkv[0].shape)}, k {list(qkv[1].shape)}; give self-attention "
+            f"over the {math.prod(args.grid):,} tokens of --grid."
+        )
+    count = sets_past_l2(3 * qkv[0].numel() * dtype.itemsize) if device == "cuda" else 1
+    return [tuple(qkv), *(tuple(torch.clone(x) for x in qkv) for _ in range(count - 1))]
+
+
+def _selected(inputs: Inputs, grid: list[int], m: int, n: int, density: float) -> tuple[Inputs, Tensor, Tensor]:
+    """What attention is given by the backend: q, k and v, keys in query order where n is not 1; mask; query order."""
+    order = ops.query_order(*grid, 0, 0, m, inputs[0][0].device)
+    if n > 1:
+        inputs = [(q, *(ops.reorder(x, order) for x in (k, v))) for q, k, v in inputs]
+    q, k, _ = inputs[0]
+    pool = Settings.parse({"fgattn.slice": f"{m}x{n}"}).queries_per_mean
+    mask = ops.select_pooled(q, k, None, order, q.shape[-1] ** -0.5, m, n, pool, 0.9, density, 1.0, [], [], 0)
+    return inputs, mask, order
 
 
 def _kernels(names: list[str], qkv: tuple[Tensor, Tensor, Tensor], call: tuple) -> dict[str, str]:
@@ -180,7 +228,8 @@ def flex_blocks(mask: Tensor, queries: int, keys: int, n: int):
 
 def _phases(inputs: Inputs, call: tuple, kernel: str, attention_ms: float, density: float) -> dict[str, float]:
     mask, bias, order, scale, m, n, tail, min_seq = call
-    choose = (bias, order, scale, m, n, 16, 0.9, density, 1.0, [], [], min_seq)
+    pool = Settings.parse({"fgattn.slice": f"{m}x{n}"}).queries_per_mean
+    choose = (bias, order, scale, m, n, pool, 0.9, density, 1.0, [], [], min_seq)
     found = {
         "lists_ms": _lists_ms(
             mask, inputs[0][1].shape[2], inputs[0][0].shape[3], m, n, ops.attention_kernel(*inputs[0], *call, kernel)
@@ -243,13 +292,15 @@ def _lists_ms(mask: Tensor, keys: int, dim: int, m: int, n: int, kernel: str) ->
 
 
 def error(out, q, k, v, mask, key_bias, order, scale, m, n, tail, slices=(0, -1)) -> float:
-    """Relative L2 error of a few slices of the last head of the first batch entry against float64; no query order."""
+    """Relative L2 error of a few slices of the last head of the first batch entry against float64."""
+    if order is not None:
+        out, q = (ops.reorder(x, order) for x in (out, q))
     wrong = right = 0.0
     for t in slices:
         t = range(mask.shape[2])[t]
         at = slice(t * m, (t + 1) * m)
         head = (q[:1, -1:, at].double(), k[:1, -1:].double(), v[:1, -1:].double(), mask[:1, -1:, t : t + 1])
-        exact = reference.attention(*head, key_bias, order, scale, m, n, tail)[0]
+        exact = reference.attention(*head, key_bias, None, scale, m, n, tail)[0]
         wrong += (out[:1, -1:, at].double() - exact).square().sum().item()
         right += exact.square().sum().item()
     return (wrong / right) ** 0.5
