@@ -48,6 +48,7 @@ class Toy(nn.Module):
         self.conv = nn.ModuleList(nn.Conv1d(WIDTH, WIDTH, 1) for _ in range(3))
         self.register_buffer("packed", torch.randint(-8, 8, (WIDTH, WIDTH), dtype=torch.int8))
         self.register_buffer("scale", torch.rand(WIDTH))
+        self.position = nn.Parameter(torch.randn(WIDTH))
 
     def forward(self, x, text, freqs):
         return self.body(self, x, text, freqs).transpose(1, 2).flatten(2)
@@ -255,6 +256,13 @@ def projections_in_a_checkpointed_region(m, x, text, freqs):
     """One region returns q and k: each has its own way through it."""
     q, k = checkpoint(lambda x, text: (m.q(x), m.k(text)), x, text, use_reentrant=False)
     return attend(m, q, k, m.v(text))
+
+
+@case("self")
+def a_parameter_added_in_place(m, x, text, freqs):
+    """To an input of the graph, which stays one."""
+    x += m.position
+    return attend(m, m.q(x), m.k(x), m.v(x))
 
 
 @case("unknown")
