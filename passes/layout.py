@@ -91,9 +91,9 @@ def _folded(program: Program) -> dict[Node, set[int]]:
     folded: dict[Node, set[int]] = {}
     reshapes = [(node, method) for method in RESHAPES for node in program.named[method] if program.is_data(node)]
     starts = {node for node, method in reshapes if _visit(program, node, method, folded)}
-    for node, method in zip(program.nodes, program.methods, strict=True) if starts else ():
+    for node in program.nodes if starts else ():
         is_reached = node in starts or not folded.keys().isdisjoint(program.arguments(node))
-        if is_reached and (found := _visit(program, node, method, folded)):
+        if is_reached and (found := _visit(program, node, name(node), folded)):
             folded[node] = found
     return folded
 

@@ -32,14 +32,12 @@ class Program:
     """The nodes of a graph and of its child graphs, and what flows between them.
 
     nodes    in execution order: a child graph (the body of a checkpointed region) comes before the node that calls it
-    methods  the name of what each of them calls
     named    those that call one of NAMED, by name
     callers  child graph -> the node that calls it (the first, if it is called several times)
     """
 
     def __init__(self, gm: GraphModule):
         self.nodes: list[Node] = []
-        self.methods: list[str] = []
         self.named: dict[str, list[Node]] = {method: [] for method in NAMED}
         self.callers: dict[Graph, Node] = {}
         self._weights: set[Node] = set()  # computed from parameters and buffers alone
@@ -100,13 +98,13 @@ class Program:
             if self._results and method == "getitem" and node.args[0] in self._results:
                 result = self._results[node.args[0]][node.args[1]]
                 self._border[node] = [result] if isinstance(result, Node) else []
-            for target in written(node):
-                self._store(node, target)
+            if method:  # it calls something
+                for target in written(node):
+                    self._store(node, target)
             if method in ALLOCATIONS or node in self._border:
                 self._find_inputs(node, method)
             self._mark(node)
             self.nodes.append(node)
-            self.methods.append(method)
             if method in NAMED:
                 self.named[method].append(node)
 
@@ -141,14 +139,14 @@ class Program:
         self._inputs[node] = stored if is_filled else self.arguments(node) + stored
 
     def _mark(self, node: Node) -> None:
-        inputs, is_input, is_weight = self.inputs(node), node.op in INPUTS, False
+        inputs, is_weight = self.inputs(node), node.op in INPUTS and _is_weight(node)
         is_data = not self._data.isdisjoint(inputs)
-        if not is_data:
+        if not is_data and not is_weight:
             is_data = node in self._data or (node.op == "placeholder" and node not in self._border)
-            is_weight = bool(inputs) and not is_data and self._weights.issuperset(inputs)
-        if is_weight or (is_input and _is_weight(node)):
+            is_weight = not is_data and bool(inputs) and self._weights.issuperset(inputs)
+        if is_weight:
             self._weights.add(node)
-        elif is_data and _holds_tensors(value(node)):
+        elif is_data and (isinstance(x := value(node), Tensor) or _holds_tensors(x)):
             self._weights.discard(node)
             self._data.add(node)
 
@@ -158,7 +156,7 @@ def written(node: Node) -> list[Node]:
     if not node.op.startswith("call"):
         return []
     kwargs, places = node.kwargs, _written_places(node.target)
-    if not places and not kwargs:
+    if not (places or kwargs):
         return []
     out, in_place = kwargs.get("out"), kwargs.get("inplace") is True
     if not places and out is None and not in_place:

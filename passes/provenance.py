@@ -69,7 +69,7 @@ def _projections(program: Program, node: Node) -> list[Node]:
     found, seen, stack = [], {node}, [node]
     while stack:
         x = stack.pop()
-        if is_projection(program, x):
+        if _product(x.op, x.target) and is_projection(program, x):
             found.append(x)
             continue
         for y in program.activations(x):
