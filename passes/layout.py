@@ -13,6 +13,7 @@ from torch.fx import Node
 
 from fg_inductor.passes.graph import TRANSPOSES, Extent, argument, name, names, permutation, product, same, value
 from fg_inductor.passes.program import RESHAPES, Program
+from fg_inductor.passes.segments import Segments
 
 CATS = names("cat concat")
 # The other operators keep the order of dimensions, and broadcast from the right.
@@ -24,7 +25,6 @@ REORDERS = names("index_select gather take_along_dim index_copy index_put scatte
 
 
 Shape = torch.Size
-Segments = tuple[Extent, ...]
 
 
 class Layout:
