@@ -12,10 +12,9 @@ from torch import Tensor
 from torch.fx import Node
 
 from fg_inductor.passes.graph import TRANSPOSES, Extent, argument, name, names, permutation, product, same, value
-from fg_inductor.passes.program import RESHAPES, Program
+from fg_inductor.passes.program import CATS, RESHAPES, Program
 from fg_inductor.passes.segments import Segments
 
-CATS = names("cat concat")
 # The other operators keep the order of dimensions, and broadcast from the right.
 MOVES = RESHAPES | TRANSPOSES | names("unbind select stack getitem")
 UNFILLED = names("empty zeros new_empty new_zeros")  # made to be filled, and not like a tensor of tokens
@@ -34,9 +33,13 @@ class Layout:
         self._program = program
         self._segments: dict[tuple[Node, int], Segments] = {}
         self._folded = _folded(program)
+        cats = [node for method in CATS for node in program.named[method] if program.is_data(node)]
+        self._has_cats = any(value(node).dim() > 2 for node in cats)  # not of a timestep's embedding
 
     def segments(self, node: Node, dim: int) -> Segments:
         """The segments of a dimension in order; empty if it was not concatenated, or nothing is known of it."""
+        if not self._has_cats:
+            return ()
         way: list[tuple[tuple[Node, int], Iterator[tuple[Node, int]]]] = []  # back from it, each with what is to come
         found = self._look(node, dim, way)
         while way and not found:

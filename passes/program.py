@@ -23,8 +23,9 @@ IN_PLACE = frozenset((
     operator.ixor,
 ))  # fmt: skip
 INPUTS = frozenset(("placeholder", "get_attr"))
+CATS = names("cat concat")
 RESHAPES = names("view reshape flatten unflatten _unsafe_view squeeze unsqueeze view_as")
-NAMED = RESHAPES | names("conv3d stack")  # what the other files look for
+NAMED = CATS | RESHAPES | names("conv3d stack")  # what the other files look for
 ALLOCATIONS = names("empty_like zeros_like ones_like full_like empty zeros new_empty new_zeros")
 
 
@@ -66,6 +67,11 @@ class Program:
     def is_data(self, node: Node) -> bool:
         """Whether it is a tensor that depends on the input of the graph."""
         return node in self._data
+
+    def replace(self, old: Node, new: Node) -> None:
+        """Note that ``new`` has taken the place of ``old``."""
+        if old in self._data:
+            self._data.add(new)
 
     def is_written(self, node: Node) -> bool:
         """Whether something is stored into the tensor, or into a view of it, after it was made."""

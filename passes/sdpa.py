@@ -186,6 +186,7 @@ class _Rewriter:
                 out = call(graph, clone, (out,), node, memory_format=torch.contiguous_format)
         result.meta["fgattn_site"] = index
         node.replace_all_uses_with(out)
+        self.program.replace(node, out)
         graph.erase_node(node)
         self.touched.add(graph)
         return min_seq, settings.slice, details

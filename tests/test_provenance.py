@@ -279,6 +279,17 @@ def test_kind(name):
     assert site.decision == ("dense" if kind == "cross" else "rewritten")
 
 
+def test_projections_of_what_an_earlier_site_returns():
+    """That site is rewritten when the next one is looked at."""
+
+    def body(m, x, text, freqs):
+        x = attend(m, m.q(x), m.k(x), m.v(x))
+        return SDPA(*(F.linear(x, m.a.weight[:, : WIDTH // HEADS] * scale) for scale in (1, 2, 3)))
+
+    x, text, freqs = torch.randn(2, 20, WIDTH), torch.randn(2, 8, WIDTH), torch.rand(20, WIDTH // HEADS // 2)
+    assert [site.kind for site in run_pass(Toy(body), (x, text, freqs)).sites] == ["self", "self"]
+
+
 def test_unknown_with_a_mask_is_refused():
     def body(m, x, text, freqs):
         return SDPA(heads(x), heads(x), heads(x), attn_mask=text)
