@@ -71,11 +71,12 @@ def name(node: Node) -> str:
     op, target = node.op, node.target
     if op == "call_method":
         return target
-    return _target_name(target) if op == "call_function" or op == "call_module" else ""
+    return target_name(target) if op == "call_function" or op == "call_module" else ""
 
 
 @functools.lru_cache(maxsize=1024)
-def _target_name(target) -> str:
+def target_name(target) -> str:
+    """The bare name of a function, operator or method."""
     if isinstance(target, torch._ops.OpOverload):
         return target._schema.name.rpartition("::")[2]
     return target if isinstance(target, str) else getattr(target, "__name__", str(target))
@@ -162,18 +163,17 @@ def call(
     pass does for a site.
     """
     node = graph.call_function(target, args, kwargs)
-    node.meta = {key: x for key, x in origin.meta.items() if key in ("nn_module_stack", "stack_trace", "custom")}
+    node.meta = _meta(origin)
+    key = _value_key(origin)
 
     def fake(n: Node):
         x = value(n)
         return x.to(cast) if cast and n not in uncast and isinstance(x, Tensor) and x.is_floating_point() else x
 
-    key = next((key for key in VALUE_KEYS if key in origin.meta), VALUE_KEYS[0])
-    values, named = map_arg(args, value), map_arg(kwargs, value)
-    if target is operator.getitem and isinstance(values[0], tuple):
-        node.meta[key] = values[0][values[1]]
+    if target is operator.getitem and isinstance(value(args[0]), tuple):
+        node.meta[key] = value(args[0])[args[1]]
         return node
-    signature = None if memo is None else _signature(target, values, named, cast)
+    signature = None if memo is None or kwargs else _signature(target, map_arg(args, value), cast)
     if signature is None or signature not in memo:
         with fake_mode(origin) or contextlib.nullcontext():
             result = target(*map_arg(args, fake), **map_arg(kwargs, fake))
@@ -185,20 +185,30 @@ def call(
     return node
 
 
-def _signature(target, args: tuple, kwargs: dict, cast) -> tuple | None:
+def _meta(origin: Node) -> dict:
+    """What a new node takes over: where it is in the program."""
+    return {key: origin.meta[key] for key in ("nn_module_stack", "stack_trace", "custom") if key in origin.meta}
+
+
+def _value_key(origin: Node) -> str:
+    return VALUE_KEYS[1] if VALUE_KEYS[0] not in origin.meta and VALUE_KEYS[1] in origin.meta else VALUE_KEYS[0]
+
+
+def _signature(target, args: tuple, cast) -> tuple | None:
     """What the value of a call depends on; None where sizes are symbolic, or for another operator than ours."""
-    if getattr(target, "namespace", "") != "fgattn" or kwargs:
+    if getattr(target, "namespace", "") != "fgattn":
         return None
-    parts = []
+    parts: list = [target, cast, torch.is_grad_enabled()]
     for x in args:
         if isinstance(x, Tensor):
             sizes = (*x.shape, *x.stride())
-            parts.append((*sizes, x.dim(), x.dtype, x.device, x.requires_grad))
+            parts += (sizes, x.dtype, x.device, x.requires_grad)
         else:
-            parts.append(tuple(x) if isinstance(x, (tuple, list)) else x)
-    if any(isinstance(x, torch.SymInt) for part in parts for x in (part if isinstance(part, tuple) else (part,))):
-        return None
-    return target, cast, torch.is_grad_enabled(), *((type(part), part) for part in parts)
+            sizes = tuple(x) if isinstance(x, (tuple, list)) else (x,)
+            parts += (type(x), *map(type, sizes), sizes)
+        if torch.SymInt in map(type, sizes):
+            return None
+    return tuple(parts)
 
 
 def repeat_call(graph: Graph, node: Node, inputs: dict[Node, Node], origin: Node) -> Node:
@@ -207,8 +217,7 @@ def repeat_call(graph: Graph, node: Node, inputs: dict[Node, Node], origin: Node
     if node.op == "call_function":
         return call(graph, node.target, args, origin, **kwargs)
     new = graph.call_method(node.target, args, kwargs)
-    new.meta = {key: x for key, x in origin.meta.items() if key in ("nn_module_stack", "stack_trace", "custom")}
-    key = next((key for key in VALUE_KEYS if key in origin.meta), VALUE_KEYS[0])
+    new.meta, key = _meta(origin), _value_key(origin)
     with fake_mode(origin) or contextlib.nullcontext():
         tensor, *rest = map_arg(args, value)
         new.meta[key] = getattr(tensor, node.target)(*rest, **map_arg(kwargs, value))

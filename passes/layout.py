@@ -1,23 +1,23 @@
-"""What the dimensions of each tensor hold: sequences concatenated from segments, and tokens folded into the batch.
+"""What the dimensions of a tensor hold: sequences concatenated from segments, and tokens folded into the batch.
 
-One forward pass over the graph. A concatenation of token sequences marks its dimension with the segments (text, video);
-the marks follow the tokens through projections, norms, transposes, reshapes and attention, so that a site knows its
+A concatenation of token sequences makes a dimension of segments (text, video). From the dimension that a site asks for,
+the tokens are followed back through attention, projections, norms, transposes and reshapes, so that a site knows its
 segments although the concatenation lies above the projection, or many layers above.
 """
+
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.fx import Node
 
 from fg_inductor.passes.graph import TRANSPOSES, Extent, argument, name, names, permutation, product, same, value
-from fg_inductor.passes.program import Program
+from fg_inductor.passes.program import CATS, RESHAPES, Program
+from fg_inductor.passes.segments import Segments
 
-CATS = names("cat concat")
-RESHAPES = names("view reshape flatten unflatten _unsafe_view squeeze unsqueeze view_as")
-STARTS = RESHAPES | CATS  # what marks a dimension, or folds one
 # The other operators keep the order of dimensions, and broadcast from the right.
 MOVES = RESHAPES | TRANSPOSES | names("unbind select stack getitem")
-LIKES = names("empty_like zeros_like ones_like full_like rand_like randn_like")
+UNFILLED = names("empty zeros new_empty new_zeros")  # made to be filled, and not like a tensor of tokens
 NEW_DIMENSIONS = names("stack expand repeat unsqueeze")
 # Operators after which tokens stand elsewhere, or not all of them are left.
 REORDERS = names("index_select gather take_along_dim index_copy index_put scatter flip roll sort argsort index narrow")
@@ -27,68 +27,93 @@ Shape = torch.Size
 
 
 class Layout:
-    """``segments(node, dim)`` and ``is_folded(node)`` for every node of a program."""
+    """``segments(node, dim)`` and ``is_folded(node)`` for the nodes of a program."""
 
     def __init__(self, program: Program):
-        self._marks: dict[Node, dict[int, tuple[Extent, ...]]] = {}
-        self._folded: dict[Node, set[int]] = {}  # dimensions that count frames or positions beside the batch
-        self._shapes: dict[Node, Shape] = {}
-        marks, folded, laid_out = self._marks, self._folded, set()
-        for node in program.nodes:
-            # A tensor made to be filled (in-place rotary embeddings) is laid out as the one that it is made like.
-            method = name(node)
-            shaped = node.all_input_nodes if method in LIKES else program.inputs(node)
-            if laid_out.isdisjoint(shaped) and method not in STARTS:
-                continue  # most nodes; their shapes are not looked at
-            if self._shape(node) is not None:
-                shaped = shaped if method in RESHAPES else [x for x in shaped if x in laid_out]
-                self._visit(node, method, [x for x in shaped if self._shape(x) is not None])
-                if node in marks or node in folded:
-                    laid_out.add(node)
+        self._program = program
+        self._segments: dict[tuple[Node, int], Segments] = {}
+        self._folded = _folded(program)
+        cats = [node for method in CATS for node in program.named[method] if program.is_data(node)]
+        self._has_cats = any(value(node).dim() > 2 for node in cats)  # not of a timestep's embedding
 
-    def segments(self, node: Node, dim: int) -> tuple[Extent, ...]:
+    def segments(self, node: Node, dim: int) -> Segments:
         """The segments of a dimension in order; empty if it was not concatenated, or nothing is known of it."""
-        return self._marks.get(node, {}).get(dim, ())
+        if not self._has_cats:
+            return ()
+        way: list[tuple[tuple[Node, int], Iterator[tuple[Node, int]]]] = []  # back from it, each with what is to come
+        found = self._look(node, dim, way)
+        while way and not found:
+            place, sources = way[-1]
+            source = next(sources, None)
+            if source is None:
+                self._segments[place] = ()
+                way.pop()
+            else:
+                found = self._look(*source, way)
+        self._segments |= {place: found for place, _ in way}
+        return found
 
     def is_folded(self, node: Node) -> bool:
         """Whether the batch dimension counts frames or positions, by a reshape upstream: factorised attention."""
         return 0 in self._folded.get(node, ())
 
-    def _shape(self, node: Node) -> Shape | None:
-        """The shape of a node; of a tuple (chunk, split, unbind) that of the first part; None for other values."""
-        shape = self._shapes.get(node)
-        if shape is None:
-            x = value(node)
-            if isinstance(x, (tuple, list)):
-                x = next((part for part in x if isinstance(part, Tensor)), None)
-            if isinstance(x, Tensor):
-                shape = self._shapes[node] = x.shape
-        return shape
+    def _look(self, node: Node, dim: int, way: list) -> Segments:
+        """The segments of a dimension if they are known or made here; else it becomes the end of the way."""
+        place = node, dim
+        if place not in self._segments:
+            made = _concatenated(node, dim) if name(node) in CATS else ()
+            if not made:
+                way.append((place, self._sources(node, dim)))
+                return ()
+            self._segments[place] = made
+        return self._segments[place]
 
-    def _visit(self, node: Node, method: str, inputs: list[Node]) -> None:
-        shape = self._shape(node)
-        marks = _concatenated(node) if method in CATS else {}
-        folded: set[int] = set()
-        for source in inputs:
-            before, source_shape = self._folded.get(source), self._shape(source)
-            if method not in REORDERS:
-                for dim, segments in self._marks.get(source, {}).items():
-                    target = _carried(node, method, dim, source_shape, shape)
-                    if target is not None:
-                        marks.setdefault(target, segments)
-            if before or method in RESHAPES:
-                folded |= _folds(source, node, method, before or set(), source_shape, shape)
-        if marks:
-            self._marks[node] = marks
-        if folded:
-            self._folded[node] = folded
+    def _sources(self, node: Node, dim: int) -> Iterator[tuple[Node, int]]:
+        """Inputs, with the dimension that holds the tokens which ``node`` has in ``dim``."""
+        method, shape = name(node), _shape(node)
+        if shape is None or method in REORDERS or method in UNFILLED:
+            return
+        for source in self._program.arguments(node):
+            if (x := _shape(source)) is not None:
+                dims = range(len(x)) if method in MOVES else (dim - len(shape) + len(x),)
+                for d in dims:
+                    if 0 <= d < len(x) and same(x[d], shape[dim]) and _carried(node, method, d, x, shape) == dim:
+                        yield source, d
+
+
+def _shape(node: Node) -> Shape | None:
+    """The shape of a node; of a tuple (chunk, split, unbind) that of the first part; None for other values."""
+    x = value(node)
+    if isinstance(x, (tuple, list)):
+        x = next((part for part in x if isinstance(part, Tensor)), None)
+    return x.shape if isinstance(x, Tensor) else None
+
+
+def _folded(program: Program) -> dict[Node, set[int]]:
+    """The dimensions that count frames or positions beside the batch, of the nodes that have such."""
+    folded: dict[Node, set[int]] = {}
+    reshapes = [(node, method) for method in RESHAPES for node in program.named[method] if program.is_data(node)]
+    starts = {node for node, method in reshapes if _visit(program, node, method, folded)}
+    for node in program.nodes if starts else ():
+        is_reached = node in starts or not folded.keys().isdisjoint(program.arguments(node))
+        if is_reached and (found := _visit(program, node, name(node), folded)):
+            folded[node] = found
+    return folded
+
+
+def _visit(program: Program, node: Node, method: str, folded: dict[Node, set[int]]) -> set[int]:
+    shape, found = _shape(node), set()
+    for source in program.arguments(node) if shape is not None and method not in UNFILLED else ():
+        if (source in folded or method in RESHAPES) and (x := _shape(source)) is not None:
+            found |= _folds(source, node, method, folded.get(source, set()), x, shape)
+    return found
 
 
 def _folds(source: Node, node: Node, method: str, before: set[int], x: Shape, y: Shape) -> set[int]:
     """The dimensions of ``node`` that are folded, as its input ``source`` has it, in which ``before`` are."""
     if not x or not y:
         return set()
-    folded = {_carried(node, method, dim, x, y) for dim in before} - {None}
+    folded = {_carried(node, method, dim, x, y) for dim in before} - {None} if before else set()
     if same(x[0], y[0]):
         return folded | ({0} if 0 in before else set())
     # A reshape keeps the order of elements: a multiple of the batch counts something that came after it.
@@ -104,13 +129,15 @@ def _adds_dimension(node: Node) -> bool:
     return name(node) in NEW_DIMENSIONS
 
 
-def _concatenated(node: Node) -> dict[int, tuple[Extent, ...]]:
+def _concatenated(node: Node, dim: int) -> Segments:
+    """The parts of a concatenation along ``dim``."""
     parts, rank = argument(node, 0, "tensors"), value(node).dim()
-    dim = argument(node, 1, "dim", "axis", default=0) % rank
+    if argument(node, 1, "dim", "axis", default=0) % rank != dim:
+        return ()
     tensors = [value(part) for part in parts] if isinstance(parts, (tuple, list)) else []
     if len(tensors) < 2 or not all(isinstance(x, Tensor) and x.dim() == rank for x in tensors):
-        return {}
-    return {dim: tuple(Extent(x.shape[dim], part, dim) for x, part in zip(tensors, parts, strict=True))}
+        return ()
+    return tuple(Extent(x.shape[dim], part, dim) for x, part in zip(tensors, parts, strict=True))
 
 
 def _carried(node: Node, method: str, dim: int, x: Shape, y: Shape) -> int | None:

@@ -22,6 +22,10 @@ IN_PLACE = frozenset((
     operator.ifloordiv, operator.imod, operator.ipow, operator.ilshift, operator.irshift, operator.iand, operator.ior,
     operator.ixor,
 ))  # fmt: skip
+INPUTS = frozenset(("placeholder", "get_attr"))
+CATS = names("cat concat")
+RESHAPES = names("view reshape flatten unflatten _unsafe_view squeeze unsqueeze view_as")
+NAMED = CATS | RESHAPES | names("conv3d stack")  # what the other files look for
 ALLOCATIONS = names("empty_like zeros_like ones_like full_like empty zeros new_empty new_zeros")
 
 
@@ -29,36 +33,32 @@ class Program:
     """The nodes of a graph and of its child graphs, and what flows between them.
 
     nodes    in execution order: a child graph (the body of a checkpointed region) comes before the node that calls it
+    named    those that call one of NAMED, by name
     callers  child graph -> the node that calls it (the first, if it is called several times)
     """
 
     def __init__(self, gm: GraphModule):
         self.nodes: list[Node] = []
-        self.named: dict[str, list[Node]] = defaultdict(list)  # by what they call, in the same order
+        self.named: dict[str, list[Node]] = {method: [] for method in NAMED}
         self.callers: dict[Graph, Node] = {}
         self._weights: set[Node] = set()  # computed from parameters and buffers alone
         self._data: set[Node] = set()  # tensors computed from an input of the graph
         self._writes: dict[Node, list[Node]] = defaultdict(list)  # tensor -> what is stored into it or a view of it
         self._border: dict[Node, list[Node]] = {}  # inputs of a node where they lie in another graph
         self._results: dict[Node, list] = {}  # call of a child graph -> its results
-        self._inputs: dict[Node, list[Node]] = {}  # what ``inputs`` found, until something is stored into the node
+        self._inputs: dict[Node, list[Node]] = {}  # where they are others than a node's arguments
         self._enter(gm)
         self.projections: dict[Node, list[Node]] = {}  # what ``provenance.projections`` found
 
     def inputs(self, node: Node) -> list[Node]:
         """Nodes whose values ``node`` is computed from, values stored into it included."""
         found = self._inputs.get(node)
-        if found is None:
-            found = self._border.get(node)
-            stored = self._writes.get(node, ())
-            if found is None:
-                found = node.all_input_nodes
-            if name(node) in ALLOCATIONS and (stored or name(node) != "empty_like"):
-                found = stored
-            elif stored:
-                found = found + stored
-            self._inputs[node] = found
-        return found
+        return node.all_input_nodes if found is None else found
+
+    def arguments(self, node: Node) -> list[Node]:
+        """Its inputs when it was made, without what is stored into it later."""
+        found = self._border.get(node)
+        return node.all_input_nodes if found is None else found
 
     def activations(self, node: Node) -> list[Node]:
         """The inputs that are tensors and depend on the input of the graph: no weights, constants, sizes."""
@@ -67,6 +67,11 @@ class Program:
     def is_data(self, node: Node) -> bool:
         """Whether it is a tensor that depends on the input of the graph."""
         return node in self._data
+
+    def replace(self, old: Node, new: Node) -> None:
+        """Note that ``new`` has taken the place of ``old``."""
+        if old in self._data:
+            self._data.add(new)
 
     def is_written(self, node: Node) -> bool:
         """Whether something is stored into the tensor, or into a view of it, after it was made."""
@@ -95,9 +100,19 @@ class Program:
             children = [x for x in node.all_input_nodes if x in bodies] if bodies else []
             for x in children:
                 self._enter_child(bodies[x], node, children)
-            self._note(node)
+            method = name(node)
+            if self._results and method == "getitem" and node.args[0] in self._results:
+                result = self._results[node.args[0]][node.args[1]]
+                self._border[node] = [result] if isinstance(result, Node) else []
+            if method:  # it calls something
+                for target in written(node):
+                    self._store(node, target)
+            if method in ALLOCATIONS or node in self._border:
+                self._find_inputs(node, method)
+            self._mark(node)
             self.nodes.append(node)
-            self.named[name(node)].append(node)
+            if method in NAMED:
+                self.named[method].append(node)
 
     def _enter_child(self, child: GraphModule, caller: Node, children: list[Node]) -> None:
         alone = len(children) == 1  # the branches of a condition and autograd.Functions keep their border closed
@@ -115,26 +130,29 @@ class Program:
             self._results[caller] = list(results) if isinstance(results, (tuple, list)) else [results]
             self._border[caller] = [n for n in self._results[caller] if isinstance(n, Node)]
 
-    def _note(self, node: Node) -> None:
-        if self._results and name(node) == "getitem" and node.args[0] in self._results:
-            result = self._results[node.args[0]][node.args[1]]
-            self._border[node] = [result] if isinstance(result, Node) else []
-        for target in written(node):
-            base = target
-            while name(base) in VIEWS and isinstance(source := argument(base, 0, "input"), Node):
-                base = source
-            self._writes[base] += [n for n in node.all_input_nodes if n is not target]
-            self._inputs.pop(base, None)
-            self._mark(base)
-        self._mark(node)
+    def _store(self, node: Node, target: Node) -> None:
+        """``node`` writes into ``target``: into the tensor that it is a view of."""
+        base = target
+        while name(base) in VIEWS and isinstance(source := argument(base, 0, "input"), Node):
+            base = source
+        self._writes[base] += [x for x in node.all_input_nodes if x is not target]
+        self._find_inputs(base, name(base))
+        self._mark(base)
+
+    def _find_inputs(self, node: Node, method: str) -> None:
+        stored = self._writes.get(node, [])
+        is_filled = method in ALLOCATIONS and (stored or method != "empty_like")
+        self._inputs[node] = stored if is_filled else self.arguments(node) + stored
 
     def _mark(self, node: Node) -> None:
-        inputs = self.inputs(node)
-        if (inputs and self._weights.issuperset(inputs)) or _is_weight(node):
+        inputs, is_weight = self.inputs(node), node.op in INPUTS and _is_weight(node)
+        is_data = not self._data.isdisjoint(inputs)
+        if not is_data and not is_weight:
+            is_data = node in self._data or (node.op == "placeholder" and node not in self._border)
+            is_weight = not is_data and bool(inputs) and self._weights.issuperset(inputs)
+        if is_weight:
             self._weights.add(node)
-            return
-        is_input = node.op == "placeholder" and node not in self._border
-        if (is_input or not self._data.isdisjoint(inputs)) and _holds_tensors(value(node)):
+        elif is_data and (isinstance(x := value(node), Tensor) or _holds_tensors(x)):
             self._weights.discard(node)
             self._data.add(node)
 
@@ -144,6 +162,8 @@ def written(node: Node) -> list[Node]:
     if not node.op.startswith("call"):
         return []
     kwargs, places = node.kwargs, _written_places(node.target)
+    if not (places or kwargs):
+        return []
     out, in_place = kwargs.get("out"), kwargs.get("inplace") is True
     if not places and out is None and not in_place:
         return []

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.fx import Node
 
-from fg_inductor.passes.graph import argument, known, name, names, value
+from fg_inductor.passes.graph import argument, known, name, names, target_name, value
 from fg_inductor.passes.program import Program
 
 CONVOLUTIONS = frozenset(("conv1d", "conv2d", "conv3d"))
@@ -26,21 +26,28 @@ PARTS = names(
 
 def is_projection(program: Program, node: Node) -> bool:
     """A product of activations with a weight, as a known function or hidden in an opaque one (quantised linears)."""
-    if node.op != "call_function" and node.op != "call_method":
-        return False
-    method = name(node)
-    if method in LINEARS:
-        return True
-    is_matmul = MATMULS.search(method) is not None
-    if not is_matmul and (node.op == "call_method" or not _is_opaque(node.target)):
-        return False
+    product = _product(node.op, node.target)
+    if product in ("", "linear"):
+        return product != ""
     activations = program.activations(node)
     if not activations or not program.has_weight_matrix(node):
         return False
-    return not is_matmul or len(activations) == 1
+    return product != "matmul" or len(activations) == 1
 
 
 @functools.lru_cache(maxsize=1024)
+def _product(op: str, target) -> str:
+    """What a call may be: "linear", "matmul", "opaque", or "" for anything that is no product of two tensors."""
+    if op != "call_function" and op != "call_method":
+        return ""
+    method = target_name(target)
+    if method in LINEARS:
+        return "linear"
+    if MATMULS.search(method):
+        return "matmul"
+    return "opaque" if op == "call_function" and _is_opaque(target) else ""
+
+
 def _is_opaque(target) -> bool:
     """Whether a function is none of torch's own, whose names say what they do."""
     if isinstance(target, torch._ops.OpOverload):
@@ -62,7 +69,7 @@ def _projections(program: Program, node: Node) -> list[Node]:
     found, seen, stack = [], {node}, [node]
     while stack:
         x = stack.pop()
-        if is_projection(program, x):
+        if _product(x.op, x.target) and is_projection(program, x):
             found.append(x)
             continue
         for y in program.activations(x):

@@ -94,6 +94,7 @@ class _Rewriter:
     orders: dict[tuple, Node] = field(default_factory=dict)  # where it is used and of what -> query order
     values: dict[tuple, Any] = field(default_factory=dict)  # of equal calls of our operators
     masks: dict[Any, tuple[Node | None, Node | None]] = field(default_factory=dict)  # likewise -> key bias, queries
+    biases: dict[tuple[Node, Node], Node] = field(default_factory=dict)  # key bias, query order -> bias in that order
 
     def visit(self, node: Node, index: int) -> Site:
         """Decide on one site and rewrite it."""
@@ -169,7 +170,7 @@ class _Rewriter:
             cast = value(node).dtype
             if moved:  # keys that are near in the grid agree better on who needs them than runs of a row of it
                 k, v = (call(graph, ops.reorder, (x, order), node, cast, self.values) for x in (k, v))
-                bias = bias and call(graph, torch.ops.aten.index_select.default, (bias, 1, order), node)
+                bias = bias and self._reordered(bias, order, node)
             dense_keys = segments.text_ranges(graph, of_keys, node, moved)
             dense_queries = segments.text_ranges(graph, of_queries, node)
             operands = selector.Operands(q, k, bias, order, attention.factor, dense_keys, dense_queries, min_seq)
@@ -185,6 +186,7 @@ class _Rewriter:
                 out = call(graph, clone, (out,), node, memory_format=torch.contiguous_format)
         result.meta["fgattn_site"] = index
         node.replace_all_uses_with(out)
+        self.program.replace(node, out)
         graph.erase_node(node)
         self.touched.add(graph)
         return min_seq, settings.slice, details
@@ -198,6 +200,11 @@ class _Rewriter:
             self.masks[key] = key_mask.reduce(graph, self.program, mask, attention.query, attention.key, attention.node)
         return self.masks[key]
 
+    def _reordered(self, bias: Node, order: Node, node: Node) -> Node:
+        if (bias, order) not in self.biases:
+            self.biases[bias, order] = call(node.graph, torch.ops.aten.index_select.default, (bias, 1, order), node)
+        return self.biases[bias, order]
+
     def _undo(self, node: Node, last: Node) -> None:
         """Take out the nodes that were added between ``last`` and ``node``."""
         added = set()
@@ -206,6 +213,7 @@ class _Rewriter:
             node.graph.erase_node(node.prev)
         self.orders = {key: order for key, order in self.orders.items() if order not in added}
         self.masks = {key: nodes for key, nodes in self.masks.items() if added.isdisjoint(nodes)}
+        self.biases = {key: bias for key, bias in self.biases.items() if bias not in added}
 
     def _segments(self, q: Node, k: Node) -> tuple[segments.Segments, segments.Segments]:
         """The segments of the queries and of the keys; those of one hold for both where they are as many."""

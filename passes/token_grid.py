@@ -49,7 +49,7 @@ class TokenGrid:
 
 
 def _tensors(program: Program, called: frozenset[str]) -> list[Node]:
-    found = [node for method in called for node in program.named.get(method, ())]
+    found = [node for method in called for node in program.named[method]]
     return [node for node in found if isinstance(value(node), Tensor) and value(node).dim() >= 4]
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch._guards import CompileContext, TracingContext, compile_context, tracing
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx import Graph, GraphModule
+from torch.fx._lazy_graph_module import _make_graph_module
 
 
 def copy_graph(gm: GraphModule) -> GraphModule:
@@ -23,7 +24,7 @@ def copy_graph(gm: GraphModule) -> GraphModule:
         new.meta.pop("grapharg", None)  # Dynamo's own, which it empties
         if hasattr(old, "_dynamo_source"):  # AOTAutograd asks every placeholder for it
             new._dynamo_source = old._dynamo_source
-    result = GraphModule(gm, graph, gm.__class__.__name__)
+    result = _make_graph_module(gm, graph, gm.__class__.__name__)  # lazy in Dynamo: no code before it is run, if ever
     result.meta = dict(gm.meta)
     if hasattr(gm, "_param_name_to_source"):
         result._param_name_to_source = gm._param_name_to_source

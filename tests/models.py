@@ -42,7 +42,7 @@ class Model:
     blocks     whether diffusers names its repeated blocks, so that ``compile_repeated_blocks`` can compile them
     trains     whether it trains under AOTAutograd as it is, without this package
     float64    whether its own code runs in float64
-    checkpoints whether Dynamo traces its gradient checkpointing; lengths that depend on data are a graph break there
+    checkpoints whether Dynamo traces its gradient checkpointing, without this package
     by_default whether it belongs to the representative few that every run tests
     note       for the table of models
     """
@@ -318,6 +318,31 @@ MODELS["Motif Video"] = Model(
     key_mask=True, float64=False, note="padded text is masked",
 )  # fmt: skip
 
+
+JOY = {
+    "in_channels": 4, "hidden_size": 64, "num_attention_heads": 2, "text_dim": 16, "mlp_width_ratio": 1.0,
+    "num_layers": 2, "rope_dim_list": [8, 12, 12],
+}  # fmt: skip
+
+
+def joy_edit_plus_inputs() -> dict[str, Any]:
+    """Patches of a target of 2 frames and of a reference image, which is padded by two."""
+    sizes = [(2, HEIGHT, WIDTH), (1, HEIGHT, WIDTH)]
+    return common() | {
+        "hidden_states": torch.randn(1, VIDEO + 2, 4, 1, 2, 2), "shape_list": [sizes],
+        "encoder_hidden_states_mask": padded_text(),
+    }  # fmt: skip
+
+
+MODELS["JoyImage Edit"] = Model(
+    Build("JoyImageEditTransformer3DModel", **JOY), lambda: {"hidden_states": latents(), **common()}, [JOINT] * 2,
+    "60:6", note="edits images, which are its frames",
+)  # fmt: skip
+MODELS["JoyImage Edit Plus"] = Model(
+    Build("JoyImageEditPlusTransformer3DModel", **JOY), joy_edit_plus_inputs, [JOINT] * 2, "62:6", grids=("",),
+    key_mask=True, note="edits images, each of its own size",
+)  # fmt: skip
+
 # Text and video in one stream
 
 COGVIDEOX = {
@@ -375,8 +400,8 @@ MODELS["Mochi"] = Model(
         in_channels=4, text_embed_dim=16, time_embed_dim=4, max_sequence_length=TEXT,
     ),
     lambda: {"hidden_states": latents(), **common(), "encoder_attention_mask": padded_text().bool()},
-    [CROSS, JOINT, JOINT], "60:u", blocks=False, checkpoints=False, by_default=True,
-    note="valid text alone, so that its length is known at run time",
+    [CROSS, JOINT, JOINT], "60:u", blocks=False, by_default=True,
+    note="valid text alone, of a length known at run time; without `fullgraph=True` Dynamo breaks the graph there",
 )  # fmt: skip
 MODELS["Mochi, batch of 2"] = Model(
     MODELS["Mochi"].build,
@@ -384,7 +409,7 @@ MODELS["Mochi, batch of 2"] = Model(
         "hidden_states": latents(batch=2), **common(batch=2),
         "encoder_attention_mask": torch.arange(TEXT) < torch.tensor([[5], [3]]),
     },
-    [CROSS, JOINT, JOINT, JOINT, JOINT], "60:u", blocks=False, checkpoints=False, note="one site for each batch entry",
+    [CROSS, JOINT, JOINT, JOINT, JOINT], "60:u", blocks=False, note="one site for each batch entry",
 )  # fmt: skip
 
 # Cross attention to the text
@@ -420,6 +445,64 @@ MODELS["LTX-2"] = Model(
         rope_double_precision=False,
     ),
     ltx2_inputs, [SELF, SHORT, CROSS, CROSS, CROSS, CROSS], by_default=True, note="audio is short and stays dense",
+)  # fmt: skip
+
+
+def sana_wm_inputs() -> dict[str, Any]:
+    pose = torch.eye(4).flatten().expand(1, FRAMES, 16) + 0.1 * torch.randn(1, FRAMES, 16)
+    return common() | {
+        "hidden_states": torch.randn(1, 4, FRAMES, HEIGHT, WIDTH), "timestep": torch.full((1, 1, FRAMES), 500.0),
+        "encoder_hidden_states": torch.randn(1, 1, TEXT, 16), "encoder_attention_mask": padded_text(),
+        "camera_conditions": torch.cat([pose, torch.tensor([5.0, 5.0, 2.5, 2.0]).expand(1, FRAMES, 4)], dim=-1),
+        "chunk_plucker": torch.randn(1, 6, FRAMES, HEIGHT, WIDTH),
+    }  # fmt: skip
+
+
+MODELS["Sana WM"] = Model(
+    Build(
+        "SanaWMTransformer3DModel", in_channels=4, num_layers=2, hidden_size=64, num_attention_heads=2,
+        softmax_every_n=2, linear_head_dim=32, caption_channels=16, chunk_plucker_channels=6, mlp_ratio=1.0,
+    ),
+    sana_wm_inputs, [CROSS, SELF, SELF, CROSS], float64=False,
+    note="every fourth layer: over tokens, and over the rays of the camera; the others are recurrent",
+)  # fmt: skip
+
+
+def sana_wm_refiner_inputs(mode: str | None = None) -> dict[str, Any]:
+    """``mode`` "inject": the chunk attends to keys and values of earlier ones too."""
+    from diffusers.models.transformers.transformer_sana_wm_refiner import SanaWMRefinerKVCache
+
+    def angles(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        x = torch.rand(1, tokens, 64)
+        return x.cos(), x.sin()
+
+    inputs = common() | {
+        "hidden_states": torch.randn(1, VIDEO, 4), "timestep": torch.full((1, VIDEO), 500.0),
+        "video_rotary_emb": angles(VIDEO), "encoder_attention_mask": padded_text(),
+    }  # fmt: skip
+    if mode is not None:
+        cache = SanaWMRefinerKVCache(2)
+        cache.sink_pe = angles(HEIGHT * WIDTH)
+        for i in range(2):
+            cache.get(i).store_sink(torch.randn(1, HEIGHT * WIDTH, 64), torch.randn(1, HEIGHT * WIDTH, 64))
+            cache.get(i).store_history(torch.randn(1, 2 * HEIGHT * WIDTH, 64), torch.randn(1, 2 * HEIGHT * WIDTH, 64))
+        inputs |= {"kv_cache": cache, "kv_cache_mode": mode}
+    return inputs
+
+
+SANA_WM_REFINER = Build(
+    "SanaWMLTX2RefinerTransformer3DModel", in_channels=4, out_channels=4, num_attention_heads=2, attention_head_dim=32,
+    cross_attention_dim=64, audio_in_channels=4, audio_out_channels=4, audio_num_attention_heads=2,
+    audio_attention_head_dim=16, audio_cross_attention_dim=32, num_layers=2, caption_channels=16,
+    rope_double_precision=False,
+)  # fmt: skip
+MODELS["Sana WM refiner"] = Model(
+    SANA_WM_REFINER, sana_wm_refiner_inputs, [SELF, CROSS] * 2, grids=("",),
+    note="LTX-2 without audio, chunk by chunk",
+)  # fmt: skip
+MODELS["Sana WM refiner, later chunks"] = Model(
+    SANA_WM_REFINER, lambda: sana_wm_refiner_inputs("inject"), [SELF, CROSS] * 2, grids=("",),
+    note="a chunk attends to cached keys too",
 )  # fmt: skip
 
 
@@ -470,7 +553,7 @@ MODELS["Cosmos 3"] = Model(
         rms_norm_eps=1e-5, rope_axes_dim=[4, 6, 6], vocab_size=32,
     ),
     cosmos3_inputs, [CAUSAL, MIXED], "0:7", checkpoints=False, by_default=True,
-    note="video attends to text and video, grouped heads",
+    note="video attends to text and video, grouped heads; its checkpointing calls `layer.__call__`, a graph break",
 )  # fmt: skip
 
 KANDINSKY = {
@@ -577,6 +660,14 @@ MODELS["Kandinsky 5 NABLA"] = Model(
     blocks=False,
     note="flex attention, sparse already",
 )
+MODELS["Kandinsky 6 SR"] = Model(
+    Build(
+        "Kandinsky6SRTransformer3DModel", in_visual_dim=4, out_visual_dim=4, time_dim=16, model_dim=64, ff_dim=64,
+        num_visual_blocks=2, axes_dims=(8, 12, 12), nabla_window=(3, 3, 3),
+    ),
+    lambda: {"hidden_states": torch.randn(1, 2, 8, 16, 9), "timestep": torch.tensor([500.0]), "return_dict": False},
+    [FLEX, FLEX], trains=False, float64=False, note="flex attention, sparse already",
+)  # fmt: skip
 MODELS["Stable Video Diffusion"] = Model(
     Build(
         "UNetSpatioTemporalConditionModel", sample_size=8, in_channels=8, out_channels=4, block_out_channels=(32, 64),
@@ -608,15 +699,6 @@ MODELS["HunyuanVideo VAE"] = Model(
     lambda: {"hidden_states": torch.randn(1, 4, FRAMES, HEIGHT, WIDTH)}, [MASKED], blocks=False,
     note="causal from frame to frame",
 )  # fmt: skip
-
-# Classes of diffusers that are video, 3-D or audio-video transformers and not in the table, with the reason.
-LEFT_OUT = {
-    "JoyImageEditTransformer3DModel": "edits images",
-    "JoyImageEditPlusTransformer3DModel": "edits images",
-    "Kandinsky6SRTransformer3DModel": "flex attention alone, as Kandinsky 5 NABLA",
-    "SanaWMTransformer3DModel": "recurrent and linear attention; every fourth layer is SDPA",
-    "SanaWMLTX2RefinerTransformer3DModel": "LTX-2 with a cache of keys and values",
-}
 
 
 def sites_text(case: Model) -> str:

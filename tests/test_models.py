@@ -9,7 +9,7 @@ import sys
 
 import pytest
 import torch
-from models import FRAMES, GRID, HEIGHT, LEFT_OUT, MIN_SEQ, MODELS, WIDTH, Build, Model, class_name, randomise
+from models import FRAMES, GRID, HEIGHT, MIN_SEQ, MODELS, WIDTH, Build, Model, class_name, randomise
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
@@ -76,13 +76,19 @@ def exact_result(model, case: Model, run=lambda model, inputs: model(**inputs)):
     return same_call(case, lambda inputs: run(double, to_float64(inputs)))
 
 
-def assert_as_near(actual, plain, exact):
-    """Each tensor is as near to the exact one as without this package: twice its error, plus a rounding of them all."""
+def assert_as_near(actual, plain, exact, anywhere=False):
+    """Each tensor is as near to the exact one as without this package: twice its error, plus a rounding of them all.
+
+    ``anywhere``: or twice the relative error of the worst tensor. Where a model casts to bfloat16 itself, a rounding of
+    float32 now and then becomes one of bfloat16, and which tensor has it differs from kernel to kernel.
+    """
     assert actual and len(actual) == len(plain) == len(exact)
     whole = torch.cat([x.double().flatten() for x in exact]).norm()
+    relative = [(y.double() - x).norm() / x.double().norm() for y, x in zip(plain, exact, strict=True) if x.any()]
+    worst = max(relative, default=0.0) if anywhere else 0.0
     for i, (ours, theirs, x) in enumerate(zip(actual, plain, exact, strict=True)):
         error, budget = ((y.double() - x).norm() for y in (ours, theirs))
-        budget = 2 * budget + torch.finfo(ours.dtype).eps * whole
+        budget = 2 * max(budget, worst * x.double().norm()) + torch.finfo(ours.dtype).eps * whole
         assert error <= budget, f"tensor {i} of {len(exact)}: error {error:.2e}, budget {budget:.2e} of {x.norm():.2e}"
 
 
@@ -105,7 +111,7 @@ def test_sites(name, dense_backend, one_thread):
             assert site.details.get("text", "").startswith(case.text)
             assert ("key_mask" in site.details) == case.key_mask
         plain = same_call(case, lambda inputs: model(**inputs))
-        assert_as_near(actual, plain, exact_result(model, case))
+        assert_as_near(actual, plain, exact_result(model, case), not case.float64)
 
 
 def written_by_hand(backend: PassBackend) -> int:
@@ -122,7 +128,7 @@ def test_blocks_compiled_alone(name, dense_backend, one_thread):
     with torch.no_grad():
         plain, exact = same_call(case, lambda inputs: model(**inputs)), exact_result(model, case)
         model.compile_repeated_blocks(backend=backend, fullgraph=True)
-        assert_as_near(same_call(case, lambda inputs: model(**inputs)), plain, exact)
+        assert_as_near(same_call(case, lambda inputs: model(**inputs)), plain, exact, not case.float64)
     decided = {(site.kind, site.reason) for site in backend.sites}
     assert decided <= set(case.sites)
     assert {site for site in case.sites if not site[1]} <= decided
@@ -142,7 +148,7 @@ def test_training_step(name, checkpointing, dense_backend, one_thread):
         model.enable_gradient_checkpointing()
     options = {f"fgattn.{key}": x for key, x in {**SMALL, "density": 1.0, "min_seq": MIN_SEQ}.items()}
     options |= {"fgattn.inner": "aot_eager"}
-    compiled = torch.compile(model, backend="fgattn", options=options, fullgraph=case.fullgraph and not checkpointing)
+    compiled = torch.compile(model, backend="fgattn", options=options, fullgraph=case.fullgraph)
 
     def gradients(run, inputs):
         torch.manual_seed(2)
@@ -155,14 +161,14 @@ def test_training_step(name, checkpointing, dense_backend, one_thread):
     report = fg_inductor.report()
     assert sum(row.site.rewritten for row in report) >= case.rewritten
     assert not [row.site for row in report if row.site.reason == "error in the pass"]
-    assert_as_near(actual, plain, exact_result(model, case, gradients))
+    assert_as_near(actual, plain, exact_result(model, case, gradients), not case.float64)
 
 
 def test_every_video_transformer_is_in_the_table():
     """A class that a new diffusers brings must be looked at."""
     from diffusers.models import transformers
 
-    known = {*LEFT_OUT, *map(class_name, MODELS.values())}
+    known = set(map(class_name, MODELS.values()))
     classes = {name for name in dir(transformers) if inspect.isclass(getattr(transformers, name))}
     video = {name for name in classes if "Transformer3D" in name or "Video" in name or name.startswith("Cosmos")}
     assert not video - known

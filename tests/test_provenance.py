@@ -48,6 +48,7 @@ class Toy(nn.Module):
         self.conv = nn.ModuleList(nn.Conv1d(WIDTH, WIDTH, 1) for _ in range(3))
         self.register_buffer("packed", torch.randint(-8, 8, (WIDTH, WIDTH), dtype=torch.int8))
         self.register_buffer("scale", torch.rand(WIDTH))
+        self.position = nn.Parameter(torch.randn(WIDTH))
 
     def forward(self, x, text, freqs):
         return self.body(self, x, text, freqs).transpose(1, 2).flatten(2)
@@ -257,6 +258,13 @@ def projections_in_a_checkpointed_region(m, x, text, freqs):
     return attend(m, q, k, m.v(text))
 
 
+@case("self")
+def a_parameter_added_in_place(m, x, text, freqs):
+    """To an input of the graph, which stays one."""
+    x += m.position
+    return attend(m, m.q(x), m.k(x), m.v(x))
+
+
 @case("unknown")
 def inputs_of_the_graph(m, x, text, freqs):
     return attend(m, x, x * 2, x)
@@ -269,6 +277,17 @@ def test_kind(name):
     (site,) = run_pass(Toy(body), (x, text, freqs)).sites
     assert site.kind == kind
     assert site.decision == ("dense" if kind == "cross" else "rewritten")
+
+
+def test_projections_of_what_an_earlier_site_returns():
+    """That site is rewritten when the next one is looked at."""
+
+    def body(m, x, text, freqs):
+        x = attend(m, m.q(x), m.k(x), m.v(x))
+        return SDPA(*(F.linear(x, m.a.weight[:, : WIDTH // HEADS] * scale) for scale in (1, 2, 3)))
+
+    x, text, freqs = torch.randn(2, 20, WIDTH), torch.randn(2, 8, WIDTH), torch.rand(20, WIDTH // HEADS // 2)
+    assert [site.kind for site in run_pass(Toy(body), (x, text, freqs)).sites] == ["self", "self"]
 
 
 def test_unknown_with_a_mask_is_refused():
