@@ -9,7 +9,8 @@ import sys
 
 import pytest
 import torch
-from models import FRAMES, GRID, HEIGHT, MIN_SEQ, MODELS, WIDTH, Build, Model, class_name, randomise
+from model_cases import FRAMES, GRID, HEIGHT, MIN_SEQ, WIDTH, Build, Model, class_name, randomise
+from models import MODELS
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._pytree import tree_map_only
 
