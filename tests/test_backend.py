@@ -107,7 +107,7 @@ MODES = {
     ),
     "dashes": ({"options": {"max-autotune": True}}, {"max_autotune": True}),
     "dynamic": ({"dynamic": True, "mode": "max-autotune"}, {"max_autotune": True}),
-    "own-patches": ({"mode": "max-autotune"}, backend.PATCHES),
+    "gradients": ({}, {"triton.mix_order_reduction": False} if torch.__version__ < (2, 15) else {}),
     "user-wins": ({"options": {"triton.mix_order_reduction": True}}, {"triton.mix_order_reduction": True}),
 }
 
