@@ -104,7 +104,7 @@ class Program:
             if self._results and method == "getitem" and node.args[0] in self._results:
                 result = self._results[node.args[0]][node.args[1]]
                 self._border[node] = [result] if isinstance(result, Node) else []
-            if method:  # it calls something
+            if method and (node.kwargs or _written_places(node.target)):  # else it writes into nothing
                 for target in written(node):
                     self._store(node, target)
             if method in ALLOCATIONS or node in self._border:
@@ -145,7 +145,10 @@ class Program:
         self._inputs[node] = stored if is_filled else self.arguments(node) + stored
 
     def _mark(self, node: Node) -> None:
-        inputs, is_weight = self.inputs(node), node.op in INPUTS and _is_weight(node)
+        inputs = self._inputs.get(node)  # as ``inputs``, once for every node
+        if inputs is None:
+            inputs = node.all_input_nodes
+        is_weight = node.op in INPUTS and _is_weight(node)
         is_data = not self._data.isdisjoint(inputs)
         if not is_data and not is_weight:
             is_data = node in self._data or (node.op == "placeholder" and node not in self._border)
