@@ -9,6 +9,7 @@
 
 import contextlib
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,6 +21,27 @@ LAYOUTS = ("contiguous", "bshd", "fused", "mixed")
 
 
 # The error budget
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What problems of attention and of selection share; a row of a table states only what is unusual about it."""
+
+    id: str
+    m: int = 64
+    n: int = 8
+    batch: int = 1
+    heads: int = 2
+    kv_heads: int = 2
+    queries: int = 150
+    keys: int = 150
+    dim: int = 64
+    bias: str | None = None  # kind of ``make_key_bias``
+    ordered: bool = False
+    spread: float = 1.0
+
+    def __str__(self) -> str:
+        return self.id
 
 
 def _same_non_finite(actual: Tensor, exact: Tensor, label: str) -> Tensor:

@@ -20,33 +20,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fg_inductor.kernels.mask import group_count, pack, slice_count, word_count
-from fg_inductor.testing import SUMMARY, dense_mask, make_key_bias, make_qkv, random_groups
+from fg_inductor.testing import SUMMARY, Problem, dense_mask, make_key_bias, make_qkv, random_groups
 
 
 @dataclass(frozen=True)
-class Case:
-    """One attention problem; a row of the table states only what is unusual about it."""
+class Case(Problem):
+    """One attention problem."""
 
-    id: str
-    m: int = 64
-    n: int = 8
-    batch: int = 1
-    heads: int = 2
-    kv_heads: int = 2
-    queries: int = 150
-    keys: int = 150
-    dim: int = 64
     keep: str = "random"  # or "full", "none", "single" (one group a slice), "gaps" (every other slice keeps nothing)
     density: float = 0.3
-    bias: str | None = None  # kind of ``make_key_bias``
-    ordered: bool = False
     tail: str = "none"
     scale: float | None = None
     layout: str = "mixed"
-    spread: float = 1.0
-
-    def __str__(self) -> str:
-        return self.id
 
 
 CASES = (

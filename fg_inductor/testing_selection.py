@@ -5,34 +5,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fg_inductor.testing import make_key_bias, make_qkv
+from fg_inductor.testing import Problem, make_key_bias, make_qkv
 
 
 @dataclass(frozen=True)
-class SelectionCase:
-    """One selection problem; a row of a table states only what is unusual about it."""
+class SelectionCase(Problem):
+    """One selection problem."""
 
-    id: str
-    m: int = 64
-    n: int = 8
-    batch: int = 1
-    heads: int = 2
-    kv_heads: int = 2
-    queries: int = 150
     keys: int = 300
-    dim: int = 64
     reduce: str = "sum"
     top_p: float = 0.7
     density: float | tuple[float, ...] | None = None  # one number, or one for each head
     max_density: float = 1.0
-    bias: str | None = None
-    ordered: bool = False
     dense_keys: tuple = ()
     dense_queries: tuple = ()
-    spread: float = 1.0
-
-    def __str__(self) -> str:
-        return self.id
 
     @property
     def selection(self) -> tuple:

@@ -172,7 +172,7 @@ def _step(
     p_operand = gl.convert_layout(p.to(dtype), operand)
 
     dk_ptr, dv_ptr = sums
-    if MASKED and TAIL:  # noqa: SIM102
+    if MASKED and TAIL:  # noqa: SIM102 (decided when it is compiled)
         if j >= listed:
             dk_ptr, dv_ptr = tail_sums
     dk_desc, dv_desc, staging, first_row = bulk

@@ -46,6 +46,7 @@ def test_several_of_everything():
         ("--density nan", "'nan' is not a number in (0, 1]"),
         ("--kernel triton", "invalid choice: 'triton'"),
         ("--qkv x.safetensors", "--qkv and --grid go together"),
+        ("--qkv x.safetensors --grid 1 2 3 --baselines flex", "flex knows no query order"),
         ("--qkv x.safetensors --grid 1 2 3 --preset ltx-2b", "--qkv has its own sizes"),
         ("--baselines fa4", "invalid choice: 'fa4'"),
         ("--out x.json", "unrecognized arguments: --out"),

@@ -115,7 +115,7 @@ def test_rows_of_attention(calls):
 def test_error_is_seen(which, tail):
     """A backward that is wrong for the last query, or key, has a large error."""
     q, k, v, _ = training._inputs((1, 250, 2, 64), "cpu")[0]
-    arguments = (q, k, v, training._select(q, k, 16, 8, 0.5), None, None, 0.125, 16, 8, tail, 0)
+    arguments = (q, k, v, training.select(q, k, None, 16, 8, 0.5), None, None, 0.125, 16, 8, tail, 0)
 
     def right(dout):
         return torch.autograd.grad(ops.attention(*arguments)[0], (q, k, v), dout)

@@ -34,6 +34,7 @@ from fg_inductor.bench.common import (
     measure,
     positive,
     save,
+    select,
     sets_past_l2,
     share,
     show,
@@ -42,7 +43,6 @@ from fg_inductor.bench.masks import LISTS, make_mask
 from fg_inductor.kernels import ops, reference
 from fg_inductor.kernels.checks import HEAD_DIMS, KERNELS, TAILS
 from fg_inductor.kernels.mask import group_count, unpack
-from fg_inductor.settings import Settings
 
 COLUMNS = [
     "variant", "slice", "lists", "tail", "kept", "union", "tflop", "median_ms", "tflops", "ratio", "rate",
@@ -88,6 +88,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if args.qkv:
         if args.preset or any(sizes):
             parser.error("--qkv has its own sizes; leave out --preset, --seq, --heads and --dim")
+        if "flex" in args.baselines:
+            parser.error("--baselines flex knows no query order; leave it out beside --qkv")
         args.lists = ["selected"]
     elif not any(sizes):
         args.preset = args.preset or DEFAULT_PRESET
@@ -128,7 +130,7 @@ def rows(args: argparse.Namespace, device: str = "cuda") -> Iterator[dict]:
             mask = make_mask(lists, args.batch, args.heads, args.seq, args.seq, m, n, density, device)
         kept = ops.kept_density(mask, None, args.seq, args.seq, m, n).item()
         what = {"slice": f"{m}x{n}", "lists": lists, "density": density}
-        if "flex" in args.baselines and m == 128 and n in (64, 128) and order is None:
+        if "flex" in args.baselines and m == 128 and n in (64, 128):
             timing, out = _flex(inputs, mask, n)
             found = {"error": error(out, *inputs[0], mask, None, None, args.dim**-0.5, m, n, "none")}
             yield row(timing, kept, variant="FlexAttention", **what) | found
@@ -172,9 +174,7 @@ def _selected(inputs: Inputs, grid: list[int], m: int, n: int, density: float) -
     if n > 1:
         inputs = [(q, *(ops.reorder(x, order) for x in (k, v))) for q, k, v in inputs]
     q, k, _ = inputs[0]
-    pool = Settings.parse({"fgattn.slice": f"{m}x{n}"}).queries_per_mean
-    mask = ops.select_pooled(q, k, None, order, q.shape[-1] ** -0.5, m, n, pool, 0.9, density, 1.0, [], [], 0)
-    return inputs, mask, order
+    return inputs, select(q, k, order, m, n, density), order
 
 
 def _kernels(names: list[str], qkv: tuple[Tensor, Tensor, Tensor], call: tuple) -> dict[str, str]:
@@ -228,20 +228,18 @@ def flex_blocks(mask: Tensor, queries: int, keys: int, n: int):
 
 def _phases(inputs: Inputs, call: tuple, kernel: str, attention_ms: float, density: float) -> dict[str, float]:
     mask, bias, order, scale, m, n, tail, min_seq = call
-    pool = Settings.parse({"fgattn.slice": f"{m}x{n}"}).queries_per_mean
-    choose = (bias, order, scale, m, n, pool, 0.9, density, 1.0, [], [], min_seq)
     found = {
         "lists_ms": _lists_ms(
             mask, inputs[0][1].shape[2], inputs[0][0].shape[3], m, n, ops.attention_kernel(*inputs[0], *call, kernel)
         ),
-        "select_ms": _in_turns(inputs, lambda q, k, v: ops.select_pooled(q, k, *choose)).median,
+        "select_ms": _in_turns(inputs, lambda q, k, v: select(q, k, order, m, n, density)).median,
     }
     if tail != "none":
         without = _attention(inputs, (mask, bias, order, scale, m, n, "none", min_seq), kernel)
         found["tail_ms"] = attention_ms - without.median
 
     def together(q, k, v):
-        return ops.attention(q, k, v, ops.select_pooled(q, k, *choose), *call[1:], kernel)
+        return ops.attention(q, k, v, select(q, k, order, m, n, density), *call[1:], kernel)
 
     return found | {"together_ms": _in_turns(inputs, together).median}
 

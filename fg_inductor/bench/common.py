@@ -1,6 +1,7 @@
 """What every benchmark shares: shapes, arguments, environment, timing, records."""
 
 import argparse
+import functools
 import itertools
 import json
 import math
@@ -14,8 +15,11 @@ from typing import Any, NamedTuple
 
 import torch
 from tabulate import tabulate
+from torch import Tensor
 
+from fg_inductor.kernels import ops
 from fg_inductor.kernels.mask import GROUPS, SLICES
+from fg_inductor.settings import Settings
 
 # Self-attention of published models: heads, tokens (video, and text where the site is joint), head dim, token grid.
 # Heads, head dims and patches are those of the models' configurations for diffusers; the clip is the pipeline's default
@@ -141,3 +145,14 @@ def save(records: list[dict], path: str | None) -> None:
 def show(records: list[dict], columns: list[str]) -> None:
     """Print the columns of the records as a table."""
     print(tabulate([[r.get(c) for c in columns] for r in records], headers=columns, floatfmt=".4g"))
+
+
+def select(q: Tensor, k: Tensor, order: Tensor | None, m: int, n: int, density: float) -> Tensor:
+    """A mask as the backend's default selector makes it; q and k [B, H, S, D], ``order`` that of the queries."""
+    rule = (_queries_per_mean(m, n), 0.9, density, 1.0, [], [])
+    return ops.select_pooled(q, k, None, order, q.shape[-1] ** -0.5, m, n, *rule, 0)
+
+
+@functools.cache
+def _queries_per_mean(m: int, n: int) -> int:
+    return Settings.parse({"fgattn.slice": f"{m}x{n}"}).queries_per_mean

@@ -47,6 +47,7 @@ from fg_inductor.bench.common import (
     measure,
     positive,
     save,
+    select,
     share,
     show,
 )
@@ -199,13 +200,12 @@ class _AttentionAlone:
         """Kept density, and milliseconds of selection and attention."""
         q, k, v = self._inputs()
         scale, tokens = q.shape[-1] ** -0.5, q.shape[2]
-        pool = Settings.parse({"fgattn.slice": f"{m}x{n}"}).queries_per_mean
 
-        def select() -> Tensor:
-            return ops.select_pooled(q, k, None, None, scale, m, n, pool, 0.9, density, 1.0, [], [], 0)
+        def make_mask() -> Tensor:
+            return select(q, k, None, m, n, density)
 
-        kept = ops.kept_density(select(), None, tokens, tokens, m, n).item()
-        ms = measure([lambda: ops.attention(q, k, v, select(), None, None, scale, m, n, tail, 0)]).median
+        kept = ops.kept_density(make_mask(), None, tokens, tokens, m, n).item()
+        ms = measure([lambda: ops.attention(q, k, v, make_mask(), None, None, scale, m, n, tail, 0)]).median
         return kept, ms
 
 

@@ -16,7 +16,6 @@ that was in use at most: of the step with its weights and optimizer, of an atten
 """
 
 import argparse
-import functools
 import gc
 import itertools
 from collections.abc import Callable, Iterator
@@ -36,6 +35,7 @@ from fg_inductor.bench.common import (
     measure,
     positive,
     save,
+    select,
     sets_past_l2,
     share,
     show,
@@ -43,7 +43,6 @@ from fg_inductor.bench.common import (
 from fg_inductor.bench.masks import LISTS, make_mask
 from fg_inductor.kernels import ops, reference
 from fg_inductor.kernels.checks import TAILS
-from fg_inductor.settings import Settings
 
 COLUMNS = [
     "work", "slice", "lists", "tail", "kept", "variant", "median_ms", "baseline_ms", "ratio", "peak_gb",
@@ -98,7 +97,7 @@ def rows(args: argparse.Namespace, device: str = "cuda") -> Iterator[dict]:
         q, k, *_ = inputs[0]
         settings = {}
         for (m, n), density in itertools.product(args.slice, args.density):
-            mask = _select(q, k, m, n, density)
+            mask = select(q, k, None, m, n, density)
             settings[m, n, density] = ops.kept_density(mask, None, tokens, tokens, m, n).item()
         del inputs, q, k, mask  # the memory of a step is the step's
         forward, both = (dense[work][0].median for work in ("forward", "forward and backward"))
@@ -156,16 +155,6 @@ def _passes(inputs: Inputs, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) 
     return found
 
 
-def _select(q: Tensor, k: Tensor, m: int, n: int, density: float) -> Tensor:
-    """A mask as the backend's default selector makes it, in the order that the queries have."""
-    return ops.select_pooled(q, k, None, None, q.shape[-1] ** -0.5, m, n, _pool(m, n), 0.9, density, 1.0, [], [], 0)
-
-
-@functools.cache
-def _pool(m: int, n: int) -> int:
-    return Settings.parse({"fgattn.slice": f"{m}x{n}"}).queries_per_mean
-
-
 def _attention_rows(args, inputs: Inputs, dense: dict[str, Measured], head: dict) -> Iterator[dict]:
     q, k, v, _ = inputs[0]
     batch, heads, tokens, dim = q.shape
@@ -182,7 +171,7 @@ def _attention_rows(args, inputs: Inputs, dense: dict[str, Measured], head: dict
             return ops.attention(q, k, v, mask, *rest)[0]
 
         def selected(q, k, v, m=m, n=n, density=density, rest=rest):
-            return ops.attention(q, k, v, _select(q, k, m, n, density), *rest)[0]
+            return ops.attention(q, k, v, select(q, k, None, m, n, density), *rest)[0]
 
         if "auto" in args.schedule:
             wrong = error(lambda dout, f=given: torch.autograd.grad(f(q, k, v), (q, k, v), dout), q, k, v, mask, *rest)
