@@ -17,11 +17,6 @@ from torch import Tensor
 
 from fg_inductor.kernels.checks import fail
 
-# The copy engine adds dk and dv of groups of 64 and more keys. It compiles, and its barriers were simulated, but no GPU
-# has run it yet: nothing takes it before test_sums_in_bulk_on_hopper has passed on one and it was found faster.
-BULK_SUMS_ON_HOPPER = False
-
-
 def choose(
     kernel_name: str,
     q: Tensor,

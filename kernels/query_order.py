@@ -26,9 +26,10 @@ import functools
 import torch
 from torch import Tensor
 
-TIME = 1  # steps in height or width that a step in time counts as
-RUN = 4  # edge in height of the rods within a slice: 16 consecutive queries are 1 x 4 x 4 tokens
-THICKEST = 8  # tokens in time
+TIME = 0.5  # steps in height or width that a step in time counts as
+THICKEST = 16  # tokens in time
+RUN = (4, 2)  # edges in time and height of the rods within a slice: 16 consecutive queries are 4 x 2 x 2 tokens
+FLAT = (1, 4)  # the same where a slice lies within a frame
 ALONE = 64  # queries of the smallest slice that has a tile of attention to itself
 
 
@@ -57,8 +58,8 @@ def _spread(t: int, h: int, w: int, m: int, edges: tuple[int, int]) -> float:
 @functools.lru_cache(maxsize=64)
 def cross_section(t: int, h: int, w: int, m: int) -> tuple[int, int]:
     """The edges in time and height of the rods that keep slices of m queries of a t x h x w grid most compact."""
-    thickest = THICKEST if m >= ALONE else 1
-    edges = [(thick, high) for thick in range(1, thickest + 1) for high in range(RUN, m // thick + 1, RUN)]
+    thickest, (_, step) = (THICKEST, RUN) if m >= ALONE else (1, FLAT)
+    edges = [(thick, high) for thick in range(1, thickest + 1) for high in range(step, m // thick + 1, step)]
     return min(edges, key=lambda pair: _spread(t, h, w, m, pair))
 
 
@@ -118,12 +119,13 @@ def _rod_rank(t: int, h: int, w: int, m: int, device: torch.device) -> Tensor:
     place = rods_before + along * thick * high + inner_t * high + inner_h
 
     # Within a slice the same again with thinner rods.
-    runs = (high + RUN - 1) // RUN
-    run = inner_h * runs // high
-    run = inner_t * runs + torch.where(inner_t % 2 == 1, runs - 1 - run, run)
+    run_edges = RUN if m >= ALONE else FLAT
+    deep, runs = ((size + edge - 1) // edge for size, edge in zip((thick, high), run_edges, strict=True))
+    layer, run = inner_t * deep // thick, inner_h * runs // high
+    run = layer * runs + torch.where(layer % 2 == 1, runs - 1 - run, run)
     along = torch.where(run % 2 == 1, w - 1 - column, column)
     rank = ((place // m * t * h + rod) * (THICKEST * h) + run) * w + along
-    return rank * h + inner_h
+    return (rank * t + inner_t) * h + inner_h
 
 
 def _through_time(video: Tensor, t: int, h: int, w: int, m: int) -> Tensor:
