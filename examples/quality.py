@@ -7,7 +7,7 @@
 A trained model draws the same seeds with dense attention and with each method at each density, all with the same dense
 first steps; the figures compare each video with the dense one. Beside that, for each layer and density, the relative
 error of its attention output at one noise level, with the dense run's own queries, keys and values. Writes OUT.json and
-OUT.png, and prints the mean over the seeds with the range.
+OUT.png, and prints the mean over the videos with the range.
 
 Without --weights it takes the model that comes with the examples; a file holds a Wan trained in pixel space, as
 ``examples/train_video_dit.py`` makes it or stored like ``assets/tiny_dit.safetensors``. These are small models that
@@ -53,6 +53,16 @@ METHODS = {
     "dfs": {"fgattn.mask": "dfs"},
     "128x1, one mean, no order": {"fgattn.slice": "128x1", "fgattn.pool": 128, "fgattn.token_grid": None},
     "64x64 blocks": {"fgattn.slice": "64x64", "fgattn.pool": 64, "fgattn.token_grid": None},
+}
+# Not run unless asked for: what longer periods cost.
+METHODS_BY_PERIOD = {
+    f"observed, {name}": {"fgattn.mask": "observed", "fgattn.refresh": rule}
+    for name, rule in {
+        "every 8": "every 8",
+        "every 16": "every 16",
+        "every 32": "every 32",
+        "once": "every 1000",
+    }.items()
 }
 SHIFT = 3.0  # of the noise levels towards noise
 HEAD_DIM = 128
@@ -113,26 +123,34 @@ def levels(steps: int) -> list[float]:
     return [SHIFT * u / (1 + (SHIFT - 1) * u) for u in even]
 
 
-def rows(model: nn.Module, text: Tensor, args) -> Iterator[dict]:
-    """A record for each method, density and seed."""
-    dense = {seed: sample(model, model, text, seed, args) for seed in args.seeds}
+def rows(model: nn.Module, args) -> Iterator[dict]:
+    """A record for each method, density, source and seed."""
+    texts = {source: text_of(source, model, args.device) for source in args.source}
+    dense = {
+        (source, seed): sample(model, model, text, seed, args) for source, text in texts.items() for seed in args.seeds
+    }
     cases = list(itertools.product(args.methods, args.density))
     for method, density in tqdm(cases, desc="videos"):
         torch._dynamo.reset()
         run_model = torch.compile(model, backend="fgattn", options=options_of(method, density, args))
-        for seed in args.seeds:
-            video = sample(model, run_model, text, seed, args)
+        for (source, seed), exact in dense.items():
+            video = sample(model, run_model, texts[source], seed, args)
             kept = [row.density for row in fg_inductor.report() if row.density is not None]
             if not kept:
                 raise SystemExit(f"quality: nothing was rewritten.\n{fg_inductor.report()}")
-            found = {"kept": sum(kept) / len(kept)} | video_metrics.compare(video, dense[seed])
-            yield {"method": method, "density": density, "seed": seed} | found
+            found = {"kept": sum(kept) / len(kept)} | video_metrics.compare(video, exact)
+            yield {"method": method, "density": density, "source": source, "seed": seed} | found
 
 
 def options_of(method: str, density: float, args) -> dict:
     common = {"inner": "eager", "stats": True, "quiet": True, "when": "always", "min_seq": 1}
     options = {f"fgattn.{name}": value for name, value in common.items()}
-    return {**options, "fgattn.density": density, "fgattn.dense_first": args.dense_first, **METHODS[method]}
+    return {
+        **options,
+        "fgattn.density": density,
+        "fgattn.dense_first": args.dense_first,
+        **(METHODS | METHODS_BY_PERIOD)[method],
+    }
 
 
 # Layers
@@ -191,11 +209,11 @@ def layer_errors(model: nn.Module, text: Tensor, args) -> Iterator[dict]:
 
 
 def summary(records: list[dict]) -> list[dict]:
-    """Over the seeds: the mean of each figure, and its range."""
+    """Over the videos (seeds and sources): the mean of each figure, and its range."""
     found = []
     for (method, density), group in itertools.groupby(records, lambda r: (r["method"], r["density"])):
         group = list(group)
-        row = {"method": method, "density": density, "kept": _mean(group, "kept"), "seeds": len(group)}
+        row = {"method": method, "density": density, "kept": _mean(group, "kept"), "videos": len(group)}
         for name in METRICS:
             values = [r[name] for r in group]
             row |= {name: _mean(group, name), f"{name}_min": min(values), f"{name}_max": max(values)}
@@ -208,7 +226,7 @@ def _mean(group: list[dict], name: str) -> float:
 
 
 def draw(rows: list[dict], layers: list[dict], title: str) -> Figure:
-    """Four figures over the kept density, the range over seeds shaded; and the error of each layer."""
+    """Four figures over the kept density, the range over videos shaded; and the error of each layer."""
     figure = Figure(figsize=(15, 7))
     axes = figure.subplots(2, 3).flat
     colour = {method: f"C{i}" for i, method in enumerate(dict.fromkeys(row["method"] for row in rows))}
@@ -248,8 +266,8 @@ def main() -> None:
         print(f"{row['method']}, density {row['density']:g} (kept {row['kept']:.3f}): {figures}")
     Path(f"{args.out}.json").write_text(json.dumps(result, indent=1) + "\n")
     what = result["what"]
-    title = "{weights}, {frames} x {side} x {side}, {steps} steps, {count} seeds".format(
-        **what, count=len(what["seeds"])
+    title = "{weights}, {frames} x {side} x {side}, {steps} steps, {count} videos".format(
+        **what, count=len(what["seeds"]) * len(what["source"])
     )
     draw(result["summary"], result["layers"], title).savefig(f"{args.out}.png", dpi=110)
     print(f"{args.out}.json, {args.out}.png")
@@ -258,7 +276,7 @@ def main() -> None:
 def save_attention_inputs(args) -> None:
     """One layer's q, k and v, for ``python -m fg_inductor bench attention`` and ``bench peers``."""
     model = load_model(args.weights, args.device).requires_grad_(False)
-    inputs, grid = attention_inputs(model, text_of(args.source, model, args.device), args)
+    inputs, grid = attention_inputs(model, text_of(args.source[0], model, args.device), args)
     save_file({name: x.contiguous() for name, x in zip("qkv", inputs[args.layer], strict=True)}, args.qkv)
     print(f"{args.qkv}: layer {args.layer} of {len(inputs)}; --qkv {args.qkv} --grid {' '.join(map(str, grid))}")
 
@@ -268,8 +286,8 @@ def measured(args) -> dict:
     from fg_inductor.bench.common import environment
 
     model = load_model(args.weights, args.device).requires_grad_(False)
-    text = text_of(args.source, model, args.device)
-    videos = list(rows(model, text, args))
+    text = text_of(args.source[0], model, args.device)
+    videos = list(rows(model, args))
     names = ("frames", "side", "steps", "dense_first", "seeds", "level", "source")
     what = {name: getattr(args, name) for name in names}
     what |= {"weights": Path(args.weights).name if args.weights else "tiny_dit", **environment()}
@@ -294,14 +312,17 @@ def parse_args() -> argparse.Namespace:
     cuda = torch.cuda.is_available()
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--weights", metavar="FILE", help="safetensors of a Wan in pixel space")
-    parser.add_argument("--source", default=tiny_dit.CLIP_SOURCE, help="clip source whose text stands for the prompt")
+    parser.add_argument(
+        "--source", nargs="+", default=[tiny_dit.CLIP_SOURCE], metavar="NAME",
+        help="clip sources whose texts stand for prompts; each seed is drawn with each, layers compared with the first",
+    )  # fmt: skip
     parser.add_argument("--device", default="cuda" if cuda else "cpu")
     parser.add_argument("--frames", type=int, default=17 if cuda else 5)
     parser.add_argument("--side", type=int, default=192 if cuda else 96, help="pixels")
     parser.add_argument("--steps", type=int, default=16 if cuda else 6)
     parser.add_argument("--dense-first", type=float, default=0.2, help="share of the steps")
     parser.add_argument("--density", type=float, nargs="+", default=[0.1, 0.15, 0.2, 0.3, 0.5] if cuda else [0.15, 0.3])
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS), metavar="NAME")
+    parser.add_argument("--methods", nargs="+", choices=METHODS | METHODS_BY_PERIOD, default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2] if cuda else [0, 1])
     parser.add_argument("--level", type=float, default=0.6, help="noise level at which layers are compared")
     parser.add_argument("--plot", nargs="+", metavar="FILE", help="put OUT.json files together instead of sampling")

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fg_inductor.kernels.checks import fail
 
+
 def choose(
     kernel_name: str,
     q: Tensor,

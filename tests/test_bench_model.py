@@ -140,6 +140,15 @@ def test_rows(preset, how, calls, capsys):
     json.dumps([dense, sparse])
 
 
+def test_best_baseline_alone(calls, monkeypatch):
+    monkeypatch.setattr(model, "_dense_ways", lambda *_: {"best": {}, "SDPA's choice": {}})
+    assert [r["variant"] for r in rows("--preset hunyuanvideo-720p --layers 1 2")] == [
+        "best", "SDPA's choice", "fgattn, pooled",
+    ]  # fmt: skip
+    best, sparse = rows("--preset hunyuanvideo-720p --layers 1 2 --baselines best")
+    assert best["variant"] == sparse["baseline"] == "best"
+
+
 def test_observed_masks_are_made_anew_in_a_refresh_and_only_there(calls):
     """Two numbers of layers: masks are made in the first call of each, and once more where the refresh is timed."""
     _, row = rows("--preset wan2.1-1.3b-480p --mask observed --layers 1 2 --refresh 15")

@@ -35,7 +35,7 @@ def test_everything_kept_and_half(quality):
     for method in ("default", "observed"):
         whole, half = table[method, 1.0], table[method, 0.5]
         assert whole["kept"] == 1 and whole["psnr_db"] > 80 and whole["motion_error"] < 1e-3  # equal to rounding
-        assert 0.49 < half["kept"] < 0.55 and half["psnr_db"] < 60 and half["seeds"] == 2
+        assert 0.49 < half["kept"] < 0.55 and half["psnr_db"] < 60 and half["videos"] == 2
         assert half["psnr_db_min"] < half["psnr_db"] < half["psnr_db_max"]  # seeds differ
     layers = {(row["layer"], row["density"]): row["error"] for row in found["layers"]}
     assert len(layers) == 4 * 2 == len(found["layers"])  # of the stateless method alone

@@ -9,10 +9,11 @@ such times, and the full number of layers is reached by adding it as often as it
 compilation does, or the model as a whole.
 
 Dense is Inductor with cuDNN's attention; where scaled_dot_product_attention picks another kernel, it is timed as well
-and the faster one is the baseline. Where a model calls attention with a mask that says nothing (HunyuanVideo), dense
-runs without it too. Sparse is fgattn at a fixed density, selection and pooled tail included: random weights say
-nothing about how dense a mask has to be, and their kept keys are scattered, the worst case for a gather. --mask
-observed times a step that makes its masks anew ("refresh") and one that keeps them.
+and the faster one is the baseline (--baselines best leaves it out, where it takes minutes). Where a model calls
+attention with a mask that says nothing (HunyuanVideo), dense runs without it too. Sparse is fgattn at a fixed density,
+selection and pooled tail included: random weights say nothing about how dense a mask has to be, and their kept keys are
+scattered, the worst case for a gather. --mask observed times a step that makes its masks anew ("refresh") and one that
+keeps them.
 
 "attention" is the share of the dense forward that long self-attention takes, by its time alone at the same shape, and
 "ceiling" the speed-up if it took no time. A run of --steps steps, --dense of them dense, takes
@@ -72,6 +73,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--batch", type=positive, default=1)
     parser.add_argument("--layers", nargs="+", type=positive, default=[1, 3], help="one number or two")
     parser.add_argument("--compile", choices=["blocks", "whole"], default="blocks")
+    parser.add_argument("--baselines", choices=["all", "best"], default="all", help="best: cuDNN's attention alone")
     parser.add_argument("--mask", nargs="+", choices=MASKS, default=["pooled"])
     parser.add_argument("--slice", nargs="+", type=mask_slice, default=[DEFAULT_SLICE], metavar="MxN")
     parser.add_argument("--density", nargs="+", type=share, default=[0.3], help="share of the key groups to keep")
@@ -110,7 +112,8 @@ def rows(args: argparse.Namespace, device: str = "cuda") -> Iterator[dict]:
     calls = architecture.attention_calls(architecture.units)
     bench = _Bench(args, architecture, device)
     dense = {}
-    for name, how in _dense_ways(architecture, attention.picked, device).items():
+    ways = _dense_ways(architecture, attention.picked, device)
+    for name, how in list(ways.items())[: 1 if args.baselines == "best" else None]:
         dense[name] = bench.forward(**how)
     baseline = min(dense, key=lambda name: dense[name].full)
     dense_ms = dense[baseline].full
