@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from fg_inductor.bench import peer_kernels, peers
 from fg_inductor.bench.common import Timing
 from fg_inductor.bench.peer_kernels import Kind, Peer
+from fg_inductor.kernels.query_order import query_order
 
 SMALL = ["--grid", "2", "8", "16", "--heads", "2", "--dim", "64", "--rows", "64"]
 
@@ -125,3 +126,13 @@ def test_refuses_a_grid_that_some_peer_cannot_take(capsys):
     with pytest.raises(SystemExit):
         peers.parse(["--grid", "3", "5", "7"])
     assert "105 tokens are not a multiple of 128" in capsys.readouterr().err
+
+
+def test_order_makes_blocks_compact():
+    """With --order all peers see the tokens in query order: the same values, in another sequence."""
+    torch.manual_seed(0)
+    plain = peers.load(peers.parse(["--grid", "4", "8", "8", "--heads", "2", "--inputs", "random"]), "cpu")
+    torch.manual_seed(0)
+    moved = peers.load(peers.parse(["--grid", "4", "8", "8", "--heads", "2", "--inputs", "random", "--order"]), "cpu")
+    order = query_order(4, 8, 8, 0, 0, 128, torch.device("cpu")).long()
+    assert all(torch.equal(a[:, :, order], b) for a, b in zip(plain, moved, strict=True))

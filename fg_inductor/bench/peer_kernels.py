@@ -170,6 +170,7 @@ def _vsa(H, S, D):
 PEERS = {
     "cuDNN dense": Kind(_sdpa(SDPBackend.CUDNN_ATTENTION)),
     "FlashAttention-2 dense": Kind(_sdpa(SDPBackend.FLASH_ATTENTION)),
+    "fgattn 128x16": _ours(128, 16),
     "fgattn 128x8": _ours(128, 8),
     "fgattn 128x1": _ours(128, 1),
     "fgattn 128x8, tail": _ours(128, 8, "pooled"),

@@ -28,6 +28,7 @@ from torch import Tensor
 
 from fg_inductor.bench.common import environment, measure, positive, save, share, show
 from fg_inductor.bench.peer_kernels import PEERS, Kind, version
+from fg_inductor.kernels.query_order import query_order
 
 COLUMNS = ["variant", "density", "kept", "median_ms", "mask_ms", "together_ms", "ratio", "error", "failed"]
 INPUTS = ("fields", "random")
@@ -44,6 +45,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--qkv", metavar="FILE", help="safetensors, instead of --inputs; S a multiple of 128")
     parser.add_argument("--heads", type=positive, default=12)
     parser.add_argument("--grid", nargs=3, type=positive, default=[32, 32, 32], metavar=("T", "H", "W"))
+    parser.add_argument(
+        "--order", action="store_true", help="put the tokens of --grid in query order first, for all peers"
+    )
     parser.add_argument("--dim", type=positive, default=128)
     parser.add_argument("--rows", type=positive, default=512, help="queries of each head whose error is measured")
     parser.add_argument(
@@ -63,7 +67,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def load(args, device: str) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k and v [1, H, S, D] in bfloat16."""
+    """q, k and v [1, H, S, D] in bfloat16, in query order where asked for: then blocks of tokens are compact."""
+    found = _load(args, device)
+    if not args.order:
+        return found
+    if found[0].shape[2] != math.prod(args.grid):
+        raise SystemExit(f"bench peers: --order needs the --grid of the {found[0].shape[2]} tokens, not {args.grid}.")
+    order = query_order(*args.grid, 0, 0, 128, found[0].device)
+    return tuple(x[:, :, order.long()].contiguous() for x in found)
+
+
+def _load(args, device: str) -> tuple[Tensor, Tensor, Tensor]:
     if args.qkv:
         from safetensors.torch import load_file
 
@@ -135,6 +149,10 @@ class Exact:
         return ((out[0, :, self.at].float() - self.out).norm() / self.out.norm()).item()
 
 
+def _name(args) -> str:
+    return (Path(args.qkv).stem if args.qkv else args.inputs) + (", query order" if args.order else "")
+
+
 # The benchmark
 
 
@@ -144,7 +162,7 @@ def rows(args: argparse.Namespace, device: str = "cuda") -> Iterator[dict]:
     torch.backends.cuda.matmul.allow_tf32 = False  # the score and the float32 result are exact
     q, k, v = load(args, device)
     _, heads, tokens, dim = q.shape
-    head = environment() | {"bench": "peers", "shape": list(q.shape), "inputs": args.qkv or args.inputs}
+    head = environment() | {"bench": "peers", "shape": list(q.shape), "inputs": _name(args)}
     exact, mass = Exact(q, k, v, args.rows), attention_mass(q, k)
     baseline = None
     for name in args.peers:
