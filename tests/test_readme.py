@@ -62,3 +62,17 @@ def test_tables_say_shared_values_once(tables, tmp_path):
 )
 def test_paths_exist(path):
     assert (ROOT / path).exists()
+
+
+def test_videos_become_records(tables, tmp_path):
+    """What examples/quality.py writes is a file of results, a record for each method and density."""
+    what = {name: name for name in ("card", "torch", "triton", "cudnn", "commit")}
+    what |= {"frames": 5, "side": 64, "steps": 6, "dense_first": 0.25, "weights": "toy_dit.safetensors"}
+    rows = [{"method": m, "density": 0.3, "kept": k, "videos": 2, "psnr_db": 30.0} for m, k in (("a", 0.3), ("b", 0.4))]
+    (tmp_path / "q.json").write_text(json.dumps({"what": what, "summary": rows, "videos": [], "layers": []}))
+    first, _ = tables.load(tmp_path / "q.json")
+    assert (first["variant"], first["model"]) == ("a", "toy, 5x64x64, 6 steps, 2 dense")
+    table = tables.quality_table(["q.json"], {"a": "one", "b": "two"}, tmp_path)
+    assert table.splitlines()[2:4] == ["| one | 30.0 |", "| two | 30.0 (0.40) |"]
+    with pytest.raises(ValueError, match="variant 'c'"):
+        tables.quality_table(["q.json"], {"c": "three"}, tmp_path)

@@ -1,0 +1,63 @@
+#!/usr/bin/env bash
+# Measure again what README and docs/benchmarks.md report, on the GPU at hand: JSON files into results/.
+#
+#     examples/benchmarks/all.sh [OUT] PART...      parts: attention selection training step models quality observed peers cost
+#
+# MINI=FILE names the weights of a larger model for the parts "quality" and "observed"; without it they take the model that
+# comes with the examples. Nothing else should run on the card beside the timed parts. Then: tables.py.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+OUT=examples/benchmarks/results
+if [[ ${1:-} == */* ]]; then OUT=$1; shift; fi
+[[ $# -gt 0 ]] || { sed -n '2,7p' "${BASH_SOURCE[0]}"; exit 2; }
+mkdir -p "$OUT"
+bench() { python -P -m fg_inductor bench "$@"; }
+
+attention() {
+  bench attention --slice 128x1 128x8 128x16 64x1 --density 0.1 0.3 1.0 --tail none pooled \
+    --baselines cudnn fa2 --json "$OUT/attention_hopper_wan2.1-1.3b-480p.json"
+}
+selection() {
+  bench attention --slice 128x1 128x8 128x16 64x1 16x16 64x64 --density 0.3 --phases \
+    --json "$OUT/attention_hopper_selection.json"
+}
+training() {
+  bench training --parts attention --slice 128x1 128x8 128x16 128x64 --density 0.3 --json "$OUT/training_attention.json"
+}
+step() {
+  bench training --parts step --slice 128x16 --density 0.3 --layers 4 --json "$OUT/training_step.json"
+}
+models() {
+  for preset in wan2.1-1.3b-720p wan2.1-14b-480p wan2.1-14b-720p cogvideox-5b; do
+    bench model --preset "$preset" --baselines best --json "$OUT/model_$preset.json"
+  done
+  bench model --preset hunyuanvideo-720p --baselines best --layers 1 2 --json "$OUT/model_hunyuanvideo-720p.json"
+}
+# Videos: 8 of each method, and the curves of 2.
+drawn() { python -P examples/quality.py --out "$OUT/$1" "${@:2}"; rm "$OUT/$1.png"; }
+mini() { drawn "$@" --frames 17 ${MINI:+--weights "$MINI" --side 256}; }
+quality() {
+  local prompts=(--source gh_sam2_01_dog kivy_cityCC0 --seeds 0 1 2 3 --density 0.15 0.3)
+  local methods=(default "default, tail" "128x1, one mean, no order" "64x64 blocks" observed "observed, tail")
+  drawn quality_tiny --steps 16 --dense-first 0.1875 "${prompts[@]}" --methods "${methods[@]}"
+  mini quality_mini --steps 20 "${prompts[@]}" --methods "${methods[@]}"
+  mini quality_curves --steps 32 --source gh_sam2_01_dog --seeds 0 1 --density 0.1 0.2 0.3 0.5 \
+    --methods "${methods[@]}" dfs
+}
+observed() {
+  mini quality_refresh_period --steps 32 --source gh_sam2_01_dog --seeds 0 1 --density 0.15 0.3 \
+    --methods default observed "observed, every 8" "observed, every 16" "observed, once"
+}
+peers() {
+  bench peers --density 0.1 0.3 --json "$OUT/peers.json" --png examples/assets/peers.png
+}
+cost() {
+  bench cost --anew --json "$OUT/cost.json"
+}
+
+for part in "$@"; do
+  case $part in
+    attention | selection | training | step | models | quality | observed | peers | cost) "$part" ;;
+    *) echo "all.sh: there is no part named $part"; exit 2 ;;
+  esac
+done

@@ -1,0 +1,115 @@
+"""Which query order keeps a video closest to dense attention: whole videos by the constants of the order.
+
+    python examples/benchmarks/query_orders.py --weights FOLDER/mini_dit.safetensors --side 256 --steps 20 \\
+        --order 1,8,1x4 0.5,16,4x2 0.5,16,4x4 --slice auto 128x8 --tail none pooled --json orders.json
+
+An order is TIME,THICKEST,RUN as in ``kernels/query_order.py``: the steps in height or width that a step in time counts
+as, frames that a rod holds at most, and the edges in time and height of the runs of 16. The other arguments are those
+of ``examples/quality.py``, whose model and sampling this uses. Records go to --json as they are made, so that several
+processes can each take a part (--part 0/4).
+"""
+
+import os
+import sys
+
+# The modules beside this file's folder are found under `python -P` too.
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+
+import argparse
+import itertools
+import re
+from typing import NamedTuple
+
+import quality
+import tiny_dit
+import torch
+import video_metrics
+from tqdm import tqdm
+
+import fg_inductor
+from fg_inductor.bench.common import environment, save
+from fg_inductor.kernels import query_order
+
+
+class Order(NamedTuple):
+    """The constants of ``kernels.query_order``."""
+
+    time: float
+    thickest: int
+    run: tuple[int, int]
+
+    def use(self) -> None:
+        query_order.TIME, query_order.THICKEST, query_order.RUN = self
+        query_order.cross_section.cache_clear()
+
+    def __str__(self) -> str:
+        time, thickest, run = self
+        return f"a step in time counts as {time:g}, rods of {thickest} frames at most, runs of {run[0]} x {run[1]}"
+
+
+IN_USE = Order(query_order.TIME, query_order.THICKEST, query_order.RUN)
+
+
+def parse_order(text: str) -> Order:
+    """Of "0.5,16,4x2"."""
+    found = re.fullmatch(r"([0-9.]+),(\d+),(\d+)x(\d+)", text)
+    if not found:
+        raise argparse.ArgumentTypeError(f"{text!r} is not TIME,THICKEST,RUN, such as 0.5,16,4x2")
+    time, thickest, *run = found.groups()
+    return Order(float(time), int(thickest), tuple(map(int, run)))
+
+
+def main() -> None:
+    args = parse_args()
+    model = quality.load_model(args.weights, args.device).requires_grad_(False)
+    texts = {source: quality.text_of(source, model, args.device) for source in args.source}
+    videos = list(itertools.product(args.source, args.seeds))
+    dense = {(source, seed): quality.sample(model, model, texts[source], seed, args) for source, seed in videos}
+    cases = list(itertools.product(args.order, args.slice, args.tail, args.density))
+    part, of = map(int, args.part.split("/"))
+    name = (args.weights or "tiny_dit").rpartition("/")[2].partition("_")[0]
+    head = environment() | {"bench": "video quality, query order"}
+    head["model"] = f"{name}, {args.frames}x{args.side}x{args.side}, {args.steps} steps"
+    records = []
+    for order, mask_slice, tail, density in tqdm(cases[part::of], desc="settings"):
+        order.use()
+        torch._dynamo.reset()
+        options = quality.options_of("default", density, args) | {"fgattn.slice": mask_slice, "fgattn.tail": tail}
+        run_model = torch.compile(model, backend="fgattn", options=options)
+        found = []
+        for source, seed in videos:
+            video = quality.sample(model, run_model, texts[source], seed, args)
+            found.append(video_metrics.psnr(video, dense[source, seed]))
+        kept = [row.density for row in fg_inductor.report() if row.density is not None]
+        record = {
+            "variant": str(order), "slice": mask_slice, "tail": tail, "density": density, "kept": sum(kept) / len(kept),
+            "psnr_db": sum(found) / len(found), "psnr_min_db": min(found), "psnr_max_db": max(found),
+            "videos": len(found),
+        }  # fmt: skip
+        records.append(head | record)
+        save(records, args.json)
+        tqdm.write(f"{order}; {mask_slice}, tail {tail}, density {density:g}: {record['psnr_db']:.2f} dB")
+    IN_USE.use()
+
+
+def parse_args() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--order", nargs="+", type=parse_order, default=[IN_USE], metavar="TIME,THICKEST,RUN")
+    parser.add_argument("--slice", nargs="+", default=["auto"], metavar="MxN")
+    parser.add_argument("--tail", nargs="+", choices=["none", "pooled"], default=["none"])
+    parser.add_argument("--density", type=float, nargs="+", default=[0.15, 0.3])
+    parser.add_argument("--weights", metavar="FILE")
+    parser.add_argument("--source", nargs="+", default=[tiny_dit.CLIP_SOURCE], metavar="NAME")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
+    parser.add_argument("--frames", type=int, default=17)
+    parser.add_argument("--side", type=int, default=192, help="pixels")
+    parser.add_argument("--steps", type=int, default=16)
+    parser.add_argument("--dense-first", type=float, default=0.2, help="share of the steps")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--part", default="0/1", metavar="I/N", help="every Nth setting, from the Ith on")
+    parser.add_argument("--json", metavar="FILE")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
