@@ -3,16 +3,17 @@
     python examples/benchmarks/tables.py            rewrite them
     python examples/benchmarks/tables.py --check    fail if one is out of date
 
-A file of results is a list of records: ``bench``, ``card``, ``torch``, ``triton``, ``commit``, ``variant``,
-``median_ms``, ``baseline``, ``baseline_ms``, ``ratio`` and whatever else that benchmark measures. One table is made for
-each file and environment. A value that all its records share is said once, above the table. The spread of a time, and
-the density that was asked for beside the one that was kept, stay in the file. The summary takes the records that
-``SUMMARY`` names, and no number of its own.
+A file of results is a list of records, or what ``examples/quality.py`` writes. A record has ``bench``, ``card``,
+``torch``, ``triton``, ``commit``, ``variant``, ``median_ms``, ``baseline``, ``baseline_ms``, ``ratio`` and whatever
+else that benchmark measures. One table is made for each file and environment. A value that all its records share is
+said once, above the table. The spread of a time, and the density that was asked for beside the one that was kept, stay
+in the file. The summary takes the records that ``SUMMARY`` names, and no number of its own.
 """
 
 import argparse
 import itertools
 import json
+import math
 from pathlib import Path
 
 from fg_inductor.settings import options_table
@@ -21,6 +22,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 README = ROOT / "README.md"
 BENCHMARKS = ROOT / "docs" / "benchmarks.md"
+DENOISING = ROOT / "docs" / "denoising.md"
 ENVIRONMENT = ("bench", "card", "torch", "triton", "cudnn", "commit")
 LABELS = {
     "median_ms": "ms", "baseline_ms": "baseline, ms", "ratio": "speed-up", "kept": "kept density", "rate": "rate kept",
@@ -47,26 +49,51 @@ SUMMARY = (
     ("a training step of 4 layers of the transformer, 30% kept", "training_step.json", {"variant": "fgattn"}),
     ("a denoising step of the transformer, 30% kept", "model_wan2.1-1.3b-720p.json", {"variant": "fgattn, pooled"}),
     ("a denoising step of the transformer, 30% kept", "model_wan2.1-14b-720p.json", {"variant": "fgattn, pooled"}),
+    (
+        "a denoising step of the transformer, 30% kept",
+        "model_hunyuanvideo-720p.json",
+        {"variant": "fgattn, pooled"},
+    ),
 )
-QUALITY_FILES = ("quality_emulated.json", "quality_default.json")
-QUALITY = (
-    "FG-Attn's rule: one mean of 128 queries, single keys, raster order",
-    "64-key blocks, raster order",
-    "top-p of the mass, one p for all, 128x8",
-    "128x8, means of 16, queries in rods, keys in raster order",
-    "128x16, keys in query order, a step in time counts as four (default before)",
-    "exact mass of this step, 128x16, keys in query order, a step in time counts as four",
-    "**default**: 128x16, keys in query order, time as height and width",
-    "**default** with the pooled tail",
-)
+QUALITY_FILES = ("quality_mini.json", "quality_tiny.json")
+# A method of examples/quality.py, and what it is called in the tables.
+QUALITY = {
+    "128x1, one mean, no order": "FG-Attn's rule: one mean of 128 queries, single keys, raster order",
+    "64x64 blocks": "64x64 blocks, raster order",
+    "dfs": "DFSAttn's rule",
+    "default": "**default**",
+    "default, tail": "**default**, pooled tail",
+    "observed": "observed, made anew every 4 steps",
+    "observed, tail": "observed, pooled tail",
+}
+PERIODS = {
+    "default": "at every call, from means (the default)",
+    "observed": "every 4 steps",
+    "observed, every 8": "every 8 steps",
+    "observed, every 16": "every 16 steps",
+    "observed, once": "once",
+}
 LAST = ("baseline", "baseline_ms", "median_ms", "ratio")  # in this order at the right of each table
+
+
+def load(path: Path) -> list[dict]:
+    """The records of a file of results."""
+    found = json.loads(path.read_text())
+    if isinstance(found, list):
+        return found
+    what = found["what"]
+    head = {"bench": "video quality", **{name: what[name] for name in ENVIRONMENT if name != "bench"}}
+    dense = max(1, math.floor(what["dense_first"] * what["steps"] + 0.5)) if what["dense_first"] else 0
+    size = f"{what['frames']}x{what['side']}x{what['side']}"
+    head["model"] = f"{what['weights'].partition('_')[0]}, {size}, {what['steps']} steps, {dense} dense"
+    return [head | {"variant": row.pop("method")} | row for row in map(dict, found["summary"])]
 
 
 def measured_tables(folder: Path = HERE / "results") -> str:
     """All result files as Markdown, in the order of their names."""
     parts = []
     for path in sorted(folder.glob("*.json")):
-        records = json.loads(path.read_text())
+        records = load(path)
         for _, rows in itertools.groupby(records, lambda r: [r.get(name) for name in ENVIRONMENT]):
             parts.append(_table(path.name, list(rows)))
     return "\n\n".join(parts)
@@ -110,7 +137,7 @@ def summary_table(folder: Path = HERE / "results", summary=SUMMARY) -> str:
     lines = ["| what | where | baseline | baseline, ms | ms | speed-up |", "| --- | --- | --- | ---: | ---: | ---: |"]
     cards = set()
     for what, file, values in summary:
-        records = json.loads((folder / file).read_text())
+        records = load(folder / file)
         found = [r for r in records if all(r.get(name) == value for name, value in values.items())]
         if len(found) != 1:
             raise ValueError(f"tables: {len(found)} records of {file} have {values}, not one; change SUMMARY.")
@@ -121,39 +148,52 @@ def summary_table(folder: Path = HERE / "results", summary=SUMMARY) -> str:
     return "\n".join([*lines, "", f"{'; '.join(sorted(cards))}."])
 
 
-def quality_table(folder: Path = HERE / "results", variants=QUALITY, files=QUALITY_FILES) -> str:
-    """PSNR against dense attention, the mean over the videos, as Markdown: a row for each of ``variants``."""
-    records = [r for file in files for r in json.loads((folder / file).read_text())]
-    columns = list(dict.fromkeys((r["model"], r["density"]) for r in records))
-    names = [f"{model.partition(',')[0]}, {density:g} kept" for model, density in columns]
+def quality_table(files=QUALITY_FILES, variants=QUALITY, folder: Path = HERE / "results") -> str:
+    """PSNR against dense attention, the mean over the videos, as Markdown: a row for each of ``variants``.
+
+    Raises ValueError where a variant has no record in ``files``.
+    """
+    records = [r for file in files for r in load(folder / file)]
+    models = list(dict.fromkeys(r["model"] for r in records))
+    columns = sorted({(r["model"], r["density"]) for r in records}, key=lambda c: (models.index(c[0]), c[1]))
+    short = [f"{model.partition(',')[0]}, " if len(models) > 1 else "" for model, _ in columns]
+    names = [f"{model}{density:g} kept" for model, (_, density) in zip(short, columns, strict=True)]
     lines = ["| mask | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
-    videos = set()
-    for variant in variants:
+    for variant, label in variants.items():
         found = {(r["model"], r["density"]): r for r in records if r["variant"] == variant}
         if not found:
-            raise ValueError(f"tables: no record of {', '.join(files)} has the variant {variant!r}; change QUALITY.")
-        videos |= {r["videos"] for r in found.values()}
-        cells = (f"{found[c]['psnr_db']:.1f}" if c in found else "" for c in columns)
-        lines.append(f"| {variant} | " + " | ".join(cells) + " |")
-    models = dict.fromkeys(r["model"] for r in records)
-    few, many = min(videos), max(videos)
-    return "\n".join([*lines, "", f"PSNR in dB, mean of {few} to {many} videos each. {'; '.join(models)} steps."])
+            raise ValueError(f"tables: no record of {', '.join(files)} has the variant {variant!r}; change the rows.")
+        # Whole blocks of 128 keys can't be kept to any share: what was kept stands beside the figure then.
+        near = {c for c, r in found.items() if abs(r["kept"] - r["density"]) < 0.01}
+        cells = [
+            "" if c not in found else f"{found[c]['psnr_db']:.1f}" + ("" if c in near else f" ({found[c]['kept']:.2f})")
+            for c in columns
+        ]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    videos = "; ".join(f"{m}, {next(r['videos'] for r in records if r['model'] == m)} videos" for m in models)
+    commits = ", ".join(dict.fromkeys(r["commit"] for r in records))
+    where = f"{records[0]['card']}, torch {records[0]['torch']}, commit {commits}"
+    return "\n".join([*lines, "", f"PSNR to dense attention in dB, the mean over the videos. {videos}. {where}."])
 
 
 def peers_table(file: Path = HERE / "results" / "peers.json") -> str:
     """Times and errors of sparse attention kernels by density, as Markdown: a row for each kernel."""
-    records = json.loads(file.read_text())
-    dense, *_ = records
+    records = load(file)
     densities = sorted({r["density"] for r in records if r["density"] < 1}, reverse=True)
-    names = [f"{what}, {density:g} kept" for density in densities for what in ("ms", "speed-up", "error")]
+    names = [f"{what}, {density:g} kept" for density in densities for what in ("ms", "error")]
     lines = ["| kernel, M x N | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
+
+    def label(r: dict) -> str:
+        return " ".join(filter(None, (r["variant"], r.get("version"))))
+
     for variant in dict.fromkeys(r["variant"] for r in records if r["density"] < 1):
         found = {r["density"]: r for r in records if r["variant"] == variant}
-        label = " ".join(filter(None, (variant, found[densities[0]].get("version"))))
-        cells = (_text(found[density][name], name) for density in densities for name in ("median_ms", "ratio", "error"))
-        lines.append(f"| {label} | " + " | ".join(cells) + " |")
-    shape, versions = _text(dense["shape"], "shape"), f"torch {dense['torch']}, Triton {dense['triton']}"
-    where = f"{dense['card']}, {versions}; {shape}, bfloat16; {dense['variant']}: {_text(dense['median_ms'], '')} ms"
+        cells = (_text(found[density][name], name) for density in densities for name in ("median_ms", "error"))
+        lines.append(f"| {label(found[densities[0]])} | " + " | ".join(cells) + " |")
+    dense = [r for r in records if r["density"] == 1]
+    times = ", ".join(f"{label(r).replace(' dense', '')} {_text(r['median_ms'], '')} ms" for r in dense)
+    versions = f"torch {dense[0]['torch']}, Triton {dense[0]['triton']}"
+    where = f"{dense[0]['card']}, {versions}; {_text(dense[0]['shape'], 'shape')}, bfloat16; dense: {times}"
     return "\n".join([*lines, "", f"{where}."])
 
 
@@ -162,10 +202,12 @@ def sections() -> dict[Path, dict[str, str]]:
     return {
         README: {
             "summary": summary_table(),
-            "quality": quality_table(),
+            "quality": quality_table(variants={k: v for k, v in QUALITY.items() if k != "dfs"}),
+            "curves": quality_table(["quality_curves.json"]),
             "peers": peers_table(),
             "options": options_table(),
         },
+        DENOISING: {"periods": quality_table(["quality_refresh_period.json"], PERIODS)},
         BENCHMARKS: {"measured": measured_tables()},
     }
 

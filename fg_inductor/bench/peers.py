@@ -242,22 +242,26 @@ def draw(records: list[dict], path: str) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(8, 5.5))
+    figure, axes = pyplot.subplots(figsize=(10, 5.5))
+    colours = iter(pyplot.get_cmap("tab20").colors)
     for name in dict.fromkeys(record["variant"] for record in records):
         curve = [r for r in records if r["variant"] == name and not r.get("failed")]
         if not curve:
             continue
         if len(curve) == 1 and curve[0]["kept"] == 1:
-            axes.axvline(curve[0]["median_ms"], label=name, linestyle=":", color="gray")
+            axes.axvline(curve[0]["median_ms"], linestyle=":", color="gray")
+            place = (curve[0]["median_ms"], 0.5)
+            axes.annotate(name, place, xycoords=("data", "axes fraction"), rotation=90, ha="right", va="center", size=8)
             continue
-        style = {"linewidth": 2.5} if name.startswith("fgattn") else {"linewidth": 1, "linestyle": "--"}
-        axes.plot([r["median_ms"] for r in curve], [r["error"] for r in curve], marker="o", label=name, **style)
+        style = {"linewidth": 2.5} if name.startswith("fgattn") else {"linewidth": 1.2, "linestyle": "--"}
+        times, errors = zip(*((r["median_ms"], r["error"]) for r in curve), strict=True)
+        axes.plot(times, errors, marker="o", label=name, color=next(colours), **style)
     axes.set(xlabel="ms, mask given", ylabel="relative error against float32 dense", xscale="log", yscale="log")
     first = records[0]
     shape = " x ".join(map(str, first["shape"]))
     axes.set_title(f"{first['card']}; {shape}, {first['inputs']}; torch {first['torch']}", fontsize=9)
     axes.grid(True, which="both", alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130, bbox_inches="tight")
     pyplot.close(figure)
