@@ -24,7 +24,7 @@ from fg_inductor.passes.site import Forecast
 from fg_inductor.settings import Settings
 
 MIN_GAIN = 0.03  # a smaller one is within what a measurement of two kernels differs by
-# What top_p keeps is known when the model runs. The quickstart's trained model keeps 0.31 at the default, 0.9.
+# What top_p keeps is known when the model runs. The quickstart's trained model keeps 0.31 at 0.9.
 KEPT_BY_TOP_P = 0.3
 TAIL_KEYS = 128  # dropped keys for each summary key of the pooled tail
 

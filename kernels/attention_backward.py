@@ -9,11 +9,11 @@ dk_sum, dv_sum     [B, Hkv, Sk, D]   float32, contiguous; dtail_k, dtail_v [B, H
 dq, dk, dv         as q, k, v, in BSHD storage
 Grid               _statistics: (ceil(Sq / BLOCK), B * Hq)      _finish: (ceil(Sk / BLOCK), B * Hkv)
 
-By slices, one kernel does five products a tile and adds dk and dv by atomics (``attention_backward_hopper`` where it
-can run); by keys, two kernels do seven products and no atomics, and the first of them makes dq by slices. By keys is
-the schedule of ``torch.use_deterministic_algorithms(True)``, and of groups as long as its tiles. A summary is a mean,
-so its gradient belongs in equal parts to the keys that it was taken over. The mask is not differentiated. Meaning:
-``reference.attention_backward``. Numbers: ``python -m fg_inductor bench training``.
+By slices, one kernel does five products a tile and adds dk and dv to their sums in no fixed order
+(``attention_backward_hopper`` where it can run, else ``attention_backward_slices``); by keys, two kernels do seven
+products and share no sums: the first makes dq by slices, the second is ``attention_backward_keys``. ``by_keys`` says
+which. A summary is a mean, so its gradient belongs in equal parts to the keys that it was taken over. The mask is not
+differentiated. Meaning: ``reference.attention_backward``. Numbers: ``python -m fg_inductor bench training``.
 """
 
 from collections.abc import Sequence
@@ -90,7 +90,11 @@ def _empty_grad(x: Tensor) -> Tensor:
 
 
 def by_keys(n: int, block_n: int, bulk: bool = False) -> bool:
-    """Whether dk and dv are made by a program a tile of keys, without atomics; ``bulk``: the copy engine adds them."""
+    """Whether dk and dv are made by a program a tile of ``block_n`` keys, in a fixed order.
+
+    So it is for deterministic algorithms, and for groups as long as a tile. ``bulk``: Hopper's copy engine can add them
+    instead (``attention_backward_hopper.bulk``). That is faster, and then only deterministic algorithms go by keys.
+    """
     return torch.are_deterministic_algorithms_enabled() or (n >= block_n and not bulk)
 
 

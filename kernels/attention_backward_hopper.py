@@ -16,10 +16,10 @@ consumer holds 64 queries, over all keys, while the slice lasts. The products st
 afterwards both would cost registers that there are none of. (lse' is lse less ``level``, that of the slice's first
 query where there is a bias, over scale * log2(e).)
 
-dv and dk are added to the sums in float32, in an order that is not fixed (``backward_hopper_sums``): by threads, or, of
-64 neighbouring keys that need no mask, by the copy engine (SLOTS > 0: so many pieces a consumer are under way). Threads
-do it while the tensor cores work: for the other consumer, on dq (EARLY: begun before dv is added, else beside dk), and
-on the scores of the next tile.
+dv and dk are added to the sums in float32, in an order that is not fixed (``backward_hopper_sums``): by threads, or,
+where ``bulk`` says so, by the copy engine in tiles that need no mask (SLOTS > 0: so many pieces a consumer are under
+way). Threads do it while the tensor cores work: for the other consumer, on dq (EARLY: begun before dv is added, else
+beside dk), and on the scores of the next tile.
 
     barrier     phase of          completed by                            waited for by
     q_full      slice i           producer threads, q and dout copied     consumers, before a slice's first product
@@ -178,12 +178,16 @@ def _attention_bwd_hopper(
 
 
 def bulk(m: int, n: int) -> bool:
-    """Whether the copy engine can add dv and dk: 64 neighbouring keys a consumer, and shared memory to stage them."""
+    """Whether the copy engine adds dv and dk: a consumer's 64 keys are neighbours, and shared memory can stage them.
+
+    On an H100, 128x64 of 12 x 32,760 x 128: 13.5 ms at density 0.3, by threads 14.7, by keys 14.4; at 1.0 41.0 ms, 46.7
+    and 47.2.
+    """
     return m == 128 and n >= 64
 
 
 def configuration(d: int, m: int, in_bulk: bool) -> dict:
-    """Stages, registers and the order of products: a fixed table; nothing is autotuned inside an operator.
+    """Stages, registers and the order of products: a fixed table, measured on an H100; nothing is autotuned here.
 
     ``in_bulk``: the copy engine adds dv and dk, from as many slots for 32 columns as there is memory for.
 

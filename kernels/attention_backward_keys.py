@@ -10,8 +10,9 @@ Grid        (tiles, KV heads of a chunk, B)
 A program holds dk and dv of its keys in registers and walks the slices that keep any of them, BLOCK_M queries at a
 time, for each query head that shares its KV head. Every key is summed by one program in a fixed order: the result is
 the same in every run. Where N >= BLOCK_N a tile is kept or dropped as a whole; else each key's bit is read from the
-block mask, and the work is that of all keys of the tile. SUMMARIES: the keys are the summaries of the pooled tail,
-which every slice has, each with a bias of its own. Meaning: ``reference.attention_backward``.
+block mask, and the work is that of all keys of the tile (for deterministic algorithms alone:
+``attention_backward.by_keys``). SUMMARIES: the keys are the summaries of the pooled tail, which every slice has, each
+with a bias of its own. Meaning: ``reference.attention_backward``.
 """
 
 import torch

@@ -3,9 +3,10 @@
 x         [64, D]      float32, an accumulator
 sums      [rows, D]    float32, contiguous; each 16 columns in their own order or in that of ``_in_order_of_lanes``
 
-``add`` makes atomics of 16 bytes, for any keys. ``add_bulk`` is for 64 neighbouring rows: 32 columns at a time go to
-shared memory, and TMA (PTX: cp.reduce.async.bulk.tensor) adds them behind the back of the threads, which wait only for
-the slot that they write next. Both add in L2, in no fixed order.
+``add`` makes atomics of 16 bytes, for any keys. ``add_bulk`` is for 64 neighbouring rows, as groups of 64 keys and more
+have them (``attention_backward_hopper.bulk``): 32 columns at a time go to shared memory, and TMA (PTX:
+cp.reduce.async.bulk.tensor) adds them behind the back of the threads, which wait only for the slot that they write
+next. Both add in L2, in no fixed order.
 """
 
 from triton.experimental import gluon
