@@ -17,8 +17,8 @@ warpgroups, the producer, gathers the listed rows of K and V into swizzled share
 of BLOCK_N keys) and never computes. Each of the others, a consumer, holds 64 queries and runs wgmma: the scores of a
 tile of keys are computed beside the product of the tile before with V, so that the tensor cores work while the softmax
 does. mbarriers hand the buffers over, also from one tile of queries to the next: the producer gathers for the next one
-while the consumers finish. Only the first and the last, ragged tile of a list are masked, and those of groups that hold a masked key; the tiles of the pooled tail
-follow in the same softmax.
+while the consumers finish. Only the first and the last, ragged tile of a list are masked, and those of groups that hold
+a masked key; the tiles of the pooled tail follow in the same softmax.
 
 Where a slice is smaller than a tile (M = 32 and 16), the list is the union of what the tile's slices keep, every entry
 carries one bit for each slice above its id, and each row masks what its own slice did not keep: exact for every slice.

@@ -12,8 +12,9 @@ flag     bool scalar    what is decided; ``observe`` reads it
 
 SAMPLES queries, evenly spread over the query order, of at most HEADS heads, evenly spread too: the keys of a head are
 read once, and that is what it costs, 8 * Sk * D elements (20 us of an H100's memory at 32,760 keys of 128; 0.43% of
-dense attention with 12 heads, as measured). Of these queries the shares are exact. They are formed before the mask is observed,
-where the host has not spoken, and again behind it, where it was. Meaning: ``reference_observed.update_observed``.
+dense attention with 12 heads, as measured). Of these queries the shares are exact. They are formed before the mask is
+observed, where the host has not spoken, and again behind it, where it was. Meaning:
+``reference_observed.update_observed``.
 """
 
 import torch

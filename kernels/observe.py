@@ -32,6 +32,7 @@ from torch import Tensor
 
 from fg_inductor.kernels import reference, select_cut
 from fg_inductor.kernels.mask import group_count, slice_count, word_count
+from fg_inductor.kernels.select_scores import larger
 from fg_inductor.kernels.sizes import cdiv, next_power_of_2
 
 MASS_BYTES = 1 << 28
@@ -94,11 +95,6 @@ def load_queries(
 
 
 @triton.jit
-def _larger(a, b):
-    return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
 def _store_masses(
     qt, lse, k_ptr, bias_ptr, mass_ptr, first, stored, qk_scale, stride_ks, stride_mt, Sk,
     D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SLICES: tl.constexpr, KEYS: tl.constexpr,
@@ -112,7 +108,7 @@ def _store_masses(
         x += bias[:, None]
     p = tl.exp2(x)  # NaN where the score is NaN or +inf
     p = tl.reshape(p, [KEYS, SLICES, M])
-    mass = tl.reduce(p, 2, _larger) if MAX else tl.sum(p, 2)
+    mass = tl.reduce(p, 2, larger) if MAX else tl.sum(p, 2)
     if MASKED or HAS_BIAS:
         there = bias > float("-inf")
         mass = tl.where(there[:, None], mass, 0.0)

@@ -160,7 +160,8 @@ def _row_lse(
 
 
 @triton.jit
-def _larger(a, b):
+def larger(a, b):
+    """The maximum; NaN where either is."""
     return tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
 
 
@@ -179,7 +180,7 @@ def _score_block(
     score = tl.exp2(x)  # NaN where the score is NaN or +inf
     if P > 1:
         score = tl.reshape(score, [BLOCK_G, P, SLICES])
-        score = tl.reduce(score, 1, _larger) if MAX else tl.sum(score, 1)
+        score = tl.reduce(score, 1, larger) if MAX else tl.sum(score, 1)
     if MASKED or HAS_BIAS:
         score = tl.where((bias > float("-inf"))[:, None], score, -1.0)
     tl.store(place, score.to(place.dtype.element_ty), mask=stored)

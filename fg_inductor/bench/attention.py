@@ -29,15 +29,16 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fg_inductor.bench.common import (
     PRESETS,
+    collect,
     environment,
     mask_slice,
     measure,
     positive,
-    save,
     select,
     sets_past_l2,
     share,
     show,
+    where,
 )
 from fg_inductor.bench.masks import LISTS, make_mask
 from fg_inductor.kernels import ops, reference
@@ -309,18 +310,14 @@ def main(argv: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("bench attention: no CUDA device here; this benchmark compares GPU kernels.")
     torch.manual_seed(0)
-    records = []
-    for record in rows(args):
-        records.append(record)
-        save(records, args.json)  # what is measured so far, should a later row fail
+    records = collect(rows(args), args.json)
     if not records:
         raise SystemExit("bench attention: no kernel could run any of the calls; see above.")
     first = records[0]
-    on = ", ".join(f"{name} {first[name]}" for name in ("torch", "triton", "cudnn", "commit"))
-    print(f"{first['card']}, {on}; {args.preset or 'shape'} {' x '.join(map(str, first['shape']))}, {args.dtype}")
+    print(f"{where(first)}; {args.preset or 'shape'} {' x '.join(map(str, first['shape']))}, {args.dtype}")
     if "baseline_ms" in first:
         print(f"{first['baseline']}: {first['baseline_ms']:.3f} ms, {first['baseline_tflops']:.0f} TFLOP/s")
-    show(records, [name for name in COLUMNS if any(r.get(name) is not None for r in records)])
+    show(records, COLUMNS)
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import os
 import re
 import statistics
 import subprocess
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -142,8 +142,27 @@ def save(records: list[dict], path: str | None) -> None:
         Path(path).write_text(json.dumps(records, indent=1) + "\n")
 
 
+def collect(rows: Iterable[dict], path: str | None, each: Callable[[dict], None] | None = None) -> list[dict]:
+    """The records of ``rows``, written to ``path`` after each one: a later row may fail, or take the process down."""
+    records = []
+    for record in rows:
+        records.append(record)
+        save(records, path)
+        if each:
+            each(record)
+    return records
+
+
+def where(record: dict) -> str:
+    """Card and versions of a record, as a line."""
+    return f"{record['card']}, " + ", ".join(
+        f"{name} {record[name]}" for name in ("torch", "triton", "cudnn", "commit")
+    )
+
+
 def show(records: list[dict], columns: list[str]) -> None:
-    """Print the columns of the records as a table."""
+    """Print those of the columns that some record fills, as a table."""
+    columns = [name for name in columns if any(record.get(name) is not None for record in records)]
     print(tabulate([[r.get(c) for c in columns] for r in records], headers=columns, floatfmt=".4g"))
 
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 
 from fg_inductor import cost, device_constants
-from fg_inductor.bench.common import environment, measure, save, show
+from fg_inductor.bench.common import collect, environment, measure, show, where
 from fg_inductor.kernels import ops
 from fg_inductor.settings import Settings
 
@@ -105,16 +105,13 @@ def main(argv: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("bench cost: no CUDA device here; the times of a CPU that others share decide nothing.")
     torch.manual_seed(0)
-    records = []
     with tempfile.TemporaryDirectory() as folder:
         elsewhere = {"FGATTN_CACHE_DIR": folder} if args.anew else {}
         with mock.patch.dict("os.environ", elsewhere):
-            for record in rows():
-                records.append(record)
-                save(records, args.json)
+            records = collect(rows(), args.json)
         seconds = sum(_seconds(Path(folder))) if args.anew else None
     first = records[0]
-    print(f"{first['card']}, " + ", ".join(f"{name} {first[name]}" for name in ("torch", "triton", "cudnn", "commit")))
+    print(where(first))
     if seconds is not None:
         print(f"the constants took {seconds:.1f} s in all")
     show(records, COLUMNS)

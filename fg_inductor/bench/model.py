@@ -43,14 +43,15 @@ from fg_inductor.bench.architectures import ARCHITECTURES, Architecture, make
 from fg_inductor.bench.common import (
     PRESETS,
     Timing,
+    collect,
     environment,
     mask_slice,
     measure,
     positive,
-    save,
     select,
     share,
     show,
+    where,
 )
 from fg_inductor.kernels import ops
 from fg_inductor.kernels.checks import TAILS
@@ -362,17 +363,13 @@ def main(argv: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("bench model: no CUDA device here; this benchmark runs models at their real size.")
     torch.manual_seed(0)
-    records = []
-    for record in rows(args):
-        records.append(record)
-        save(records, args.json)  # what is measured so far, should a later row fail
+    records = collect(rows(args), args.json)
     first = records[0]
-    on = ", ".join(f"{name} {first[name]}" for name in ("torch", "triton", "cudnn", "commit"))
-    print(f"{first['card']}, {on}; {args.preset}, {first['shape']}, {first.get('scaled', 'all layers timed')}")
+    print(f"{where(first)}; {args.preset}, {first['shape']}, {first.get('scaled', 'all layers timed')}")
     print(f"dense forward: {first['baseline_ms']:.1f} ms ({first['baseline']})")
     if first["ceiling"]:
         print(f"attention is {first['attention']:.0%} of it; with none of that left, {first['ceiling']:.2f}x")
-    show(records, [name for name in COLUMNS if any(r.get(name) is not None for r in records)])
+    show(records, COLUMNS)
 
 
 if __name__ == "__main__":

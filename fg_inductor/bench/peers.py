@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fg_inductor.bench.common import environment, measure, positive, save, share, show
+from fg_inductor.bench.common import collect, environment, measure, positive, share, show, where
 from fg_inductor.bench.peer_kernels import PEERS, Kind, version
 from fg_inductor.kernels.query_order import query_order
 
@@ -267,20 +267,19 @@ def draw(records: list[dict], path: str) -> None:
     pyplot.close(figure)
 
 
+def _tell(record: dict) -> None:
+    line = record.get("failed") or f"{record['density']}: {record['median_ms']:.3f} ms, error {record['error']:.4f}"
+    print(f"{record['variant']}: {line}", flush=True)
+
+
 def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     if not torch.cuda.is_available():
         raise SystemExit("bench peers: no CUDA device here; this benchmark compares GPU kernels.")
-    records = []
-    for record in rows(args):
-        records.append(record)
-        save(records, args.json)  # what is measured so far: a later peer may take the process down
-        line = record.get("failed") or f"{record['density']}: {record['median_ms']:.3f} ms, error {record['error']:.4f}"
-        print(f"{record['variant']}: {line}", flush=True)
+    records = collect(rows(args), args.json, _tell)
     first = records[0]
-    on = ", ".join(f"{name} {first[name]}" for name in ("torch", "triton", "cudnn", "commit"))
-    print(f"\n{first['card']}, {on}; {' x '.join(map(str, first['shape']))}, {first['inputs']}")
-    show(records, [name for name in COLUMNS if any(r.get(name) is not None for r in records)])
+    print(f"\n{where(first)}; {' x '.join(map(str, first['shape']))}, {first['inputs']}")
+    show(records, COLUMNS)
     if compared := equal(records, args.at):
         print(f"\nheld to {compared[0]['variant']} at density {args.at}:")
         show(compared, list(compared[0]))

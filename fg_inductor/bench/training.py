@@ -30,15 +30,16 @@ from fg_inductor import backend
 from fg_inductor.bench.common import (
     PRESETS,
     Timing,
+    collect,
     environment,
     mask_slice,
     measure,
     positive,
-    save,
     select,
     sets_past_l2,
     share,
     show,
+    where,
 )
 from fg_inductor.bench.masks import LISTS, make_mask
 from fg_inductor.kernels import ops, reference
@@ -294,14 +295,10 @@ def main(argv: list[str] | None = None) -> None:
     if not torch.cuda.is_available():
         raise SystemExit("bench training: no CUDA device here; this benchmark compares GPU kernels.")
     torch.manual_seed(0)
-    records = []
-    for record in rows(args):
-        records.append(record)
-        save(records, args.json)  # what is measured so far, should a later row fail
+    records = collect(rows(args), args.json)
     first = records[0]
-    on = ", ".join(f"{name} {first[name]}" for name in ("torch", "triton", "cudnn", "commit"))
-    print(f"{first['card']}, {on}; {args.preset}, bfloat16; attention beside cuDNN, the step beside Inductor")
-    show(records, [name for name in COLUMNS if any(r.get(name) is not None for r in records)])
+    print(f"{where(first)}; {args.preset}, bfloat16; attention beside cuDNN, the step beside Inductor")
+    show(records, COLUMNS)
 
 
 if __name__ == "__main__":
