@@ -142,7 +142,7 @@ def calibrate(
     for path, curve in meter.curves.items():
         found = curve.densities(error)
         sites[path] = {"dense": True} if sum(found) / len(found) > DENSE_ABOVE else {"density": found}
-    used = {f"fgattn.{name}": getattr(settings, name) for name in MEASURED_WITH}
+    used = {f"fgattn.{name}": getattr(settings, name) for name in MEASURED_WITH} | {"fgattn.tail": settings.tail_kind}
     result = Calibration(sites, meter.curves, meter.skipped(), float(error), calls, used)
     if out is not None:
         result.save(out)

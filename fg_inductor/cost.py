@@ -139,7 +139,7 @@ def forecaster(host_counts: bool = True) -> Callable[..., Forecast | None]:
         if not host_counts:
             constants = Constants(**asdict(constants) | {"dense_host": 0.0, "sparse_host": 0.0})
         sizes = (batch, heads, queries, keys, dim, settings.m, settings.n)
-        shape = Shape(*sizes, expected_density(settings), int(settings.tail == "pooled"))
+        shape = Shape(*sizes, expected_density(settings), int(settings.tail_kind == "pooled"))
         return forecast(shape, constants, assumed=settings.share is None)
 
     return ask

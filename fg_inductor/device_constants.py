@@ -89,8 +89,8 @@ def _about(settings: Settings, dim: int, dtype: torch.dtype, device: torch.devic
     """What a measurement holds for."""
     on_gpu = device.type == "cuda"
     card = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
-    names = ("slice", "tail", "pool", "reduce", "gamma", "kernel")
-    options = {name: getattr(settings, name) for name in names}
+    options = {name: getattr(settings, name) for name in ("slice", "pool", "reduce", "gamma", "kernel")}
+    options["tail"] = settings.tail_kind
     return {"card": card, "dim": dim, "dtype": str(dtype).removeprefix("torch."), **options, **_versions()}
 
 
@@ -122,7 +122,7 @@ def _read(path: Path) -> Constants | None:
 
 def _measure_and_write(path: Path, about: dict, settings: Settings, dim, dtype, device) -> Constants | None:
     start = time.perf_counter()
-    what = f"head dim {dim}, {about['dtype']}, {settings.slice}, tail {settings.tail}"
+    what = f"head dim {dim}, {about['dtype']}, {settings.slice}, tail {settings.tail_kind}"
     try:
         found = measure(settings, dim, dtype, device)
     except torch.OutOfMemoryError:
@@ -179,7 +179,7 @@ def measure(settings: Settings, dim: int, dtype: torch.dtype, device: torch.devi
             q, k, v = _random(heads, tokens, dim, dtype, device)
             order = ops.query_order(*grid, 0, 0, settings.m, device)
             scale, m, n = dim**-0.5, settings.m, settings.n
-            shape = Shape(1, heads, tokens, tokens, dim, m, n, 1.0, int(settings.tail == "pooled"))
+            shape = Shape(1, heads, tokens, tokens, dim, m, n, 1.0, int(settings.tail_kind == "pooled"))
 
             def dense_call(q=q, k=k, v=v) -> Tensor:
                 return F.scaled_dot_product_attention(q, k, v)
@@ -203,7 +203,7 @@ def measure(settings: Settings, dim: int, dtype: torch.dtype, device: torch.devi
                     return ops.select_pooled(q, k, None, *choose, *rules)
 
                 mask = select()
-                given = (mask, None, order, scale, m, n, settings.tail, 0, settings.kernel)
+                given = (mask, None, order, scale, m, n, settings.tail_kind, 0, settings.kernel)
                 at = dataclasses.replace(shape, density=density)
                 note(attention, "attention", at, lambda q=q, k=k, v=v, given=given: ops.attention(q, k, v, *given))
             note(selection, "selection", shape, select)

@@ -146,7 +146,7 @@ def summary(settings: Settings, slice_: str) -> str:
     elif settings.mask in ("pooled", "observed", "dfs"):
         rule = next((name for name in ("alpha", "top_p") if getattr(settings, name) is not None), None)
         keep = f", {rule} {_number(getattr(settings, rule))}" if rule else f", density {_number(settings.share)}"
-    tail = "" if settings.tail == "none" else f", {settings.tail} tail"
+    tail = "" if settings.tail_kind == "none" else f", {settings.tail_kind} tail"
     steps = settings.refresh if isinstance(settings.refresh, str) else f"at {', '.join(map(str, settings.refresh))}"
     again = f", refreshed {steps}" if settings.mask == "observed" else ""
     sites = "" if settings.sites is None else ", sites by fgattn.sites"

@@ -162,7 +162,7 @@ def speed(device: str) -> list[dict]:
         def run(choose=choose):
             keys, values = (ops.reorder(x, order) for x in (k, v))
             mask = ops.select_pooled(q, keys, None, *choose)
-            return ops.attention(q, keys, values, mask, None, order, scale, m, n, settings.tail, 0)
+            return ops.attention(q, keys, values, mask, None, order, scale, m, n, settings.tail_kind, 0)
 
         sparse, _ = device_constants.device_and_host_ms(run, on, attend)
         found.append({"density": density, "dense_ms": dense, "sparse_ms": sparse, "ratio": dense / sparse})

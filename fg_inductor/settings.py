@@ -35,6 +35,8 @@ from fg_inductor.site_settings import RULES, Sites
 PREFIX = "fgattn."
 INNERS = ("inductor", "aot_eager", "eager")
 WHENS = ("auto", "faster", "always")
+BY_MASS = ("pooled", "observed")  # masks of the groups with most attention mass, estimated or exact
+LITTLE = 0.25  # kept density below which summaries of what was dropped kept videos closer to dense (docs/selectors.md)
 BY_HEAD = ("pooled", "observed", "dfs", "dense")  # masks that a density for each head goes with
 
 
@@ -90,7 +92,12 @@ class Settings:
         read_static,
         "what the mask 'static' keeps: a dict of 'tile', 'window', 'radius' and 'ranges' (`docs/selectors.md`)",
     )
-    tail: str = _option("none", one_of(*TAILS), "dropped keys: 'none', or 'pooled' (one summary key for each 128 keys)")
+    tail: str = _option(
+        "auto",
+        one_of("auto", *TAILS),
+        "dropped keys: 'none', or 'pooled' (one summary key for each 128 keys); 'auto': pooled where `fgattn.density` "
+        "is below 0.25",
+    )
     token_grid: tuple[int, int, int] | str | None = _option(
         "auto", read_grid, "(T, H, W) of the video tokens, 'auto' (read off the graph), or None"
     )
@@ -186,10 +193,13 @@ class Settings:
 
     def _check_calibration(self) -> None:
         for name, value in () if self.sites is None else self.sites.made_with:
-            if getattr(self, name, None) != value:
+            own = getattr(self, name, None)
+            if name == "tail" and own == "auto":
+                own = "none"  # of heads with densities of their own: ``tail_kind``
+            if own != value:
                 raise ValueError(
                     f"fgattn: the settings in fgattn.sites were measured with fgattn.{name}={value!r}, and this is "
-                    f"compiled with {getattr(self, name, None)!r}; give the same, or calibrate again."
+                    f"compiled with {own!r}; give the same, or calibrate again."
                 )
 
     def for_site(self, path: str) -> "Settings":
@@ -207,6 +217,17 @@ class Settings:
     def with_order(self, known: bool) -> "Settings":
         """These with the slice "auto" decided; ``known``: queries and keys are put in query order."""
         return dataclasses.replace(self, slice="128x16" if known else "128x8") if self.slice == "auto" else self
+
+    @property
+    def tail_kind(self) -> str:
+        """``tail`` with "auto" decided: summaries pay where little is kept, of masks that keep what matters most.
+
+        Not where sites or heads have densities of their own: calibration measured those without summaries.
+        """
+        if self.tail != "auto":
+            return self.tail
+        little = self.mask in BY_MASS and isinstance(self.density, float) and self.density < LITTLE
+        return "pooled" if little else "none"
 
     @property
     def m(self) -> int:

@@ -71,7 +71,7 @@ class EagerSchedule:
             self.masks[place] = mask, stage, reference_observed.kept_mass(query, key, mask, *shape)
             self.refreshes += 1
             return self._plain(query, key, value, attn_mask, **kwargs)
-        return reference.attention(query, key, value, self.masks[place][0], *shape, settings.tail)[0]
+        return reference.attention(query, key, value, self.masks[place][0], *shape, settings.tail_kind)[0]
 
     def _is_due(self, step: int, place: tuple, stage: int, query: Tensor, key: Tensor, shape: tuple) -> bool:
         mask, stage_of_mask, kept = self.masks[place]

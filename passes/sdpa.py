@@ -175,7 +175,7 @@ class _Rewriter:
             dense_queries = segments.text_ranges(graph, of_queries, node)
             operands = selector.Operands(q, k, bias, order, attention.factor, dense_keys, dense_queries, min_seq)
             mask = selector.emit(graph, settings, operands, node, cast, self.values)
-            attention_args = (q, k, v, mask, bias, order, *shape, settings.tail, min_seq, settings.kernel)
+            attention_args = (q, k, v, mask, bias, order, *shape, settings.tail_kind, min_seq, settings.kernel)
             result = call(graph, ops.attention, attention_args, node, cast, self.values)
             out = call(graph, operator.getitem, (result, 0), node)
             if valid_queries is not None:

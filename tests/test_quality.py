@@ -30,9 +30,9 @@ def quality(import_example, monkeypatch, tmp_path):
 
 def test_everything_kept_and_half(quality):
     _, run = quality
-    found = run("--methods", "default", "observed", "--density", "1.0", "0.5")
+    found = run("--methods", "means", "observed", "--density", "1.0", "0.5")
     table = {(row["method"], row["density"]): row for row in found["summary"]}
-    for method in ("default", "observed"):
+    for method in ("means", "observed"):
         whole, half = table[method, 1.0], table[method, 0.5]
         assert whole["kept"] == 1 and whole["psnr_db"] > 80 and whole["motion_error"] < 1e-3  # equal to rounding
         assert 0.49 < half["kept"] < 0.55 and half["psnr_db"] < 60 and half["videos"] == 2
@@ -61,11 +61,11 @@ def test_refuses_sizes_that_are_no_patches(quality):
 def test_runs_are_put_together(quality, tmp_path):
     module, run = quality
     paths = []
-    for method in ("default", "dfs"):
+    for method in ("means", "dfs"):
         run("--methods", method, "--density", "0.5")
         paths.append((tmp_path / "q.json").rename(tmp_path / f"{method}.json"))
     both = run("--plot", *map(str, paths))
-    assert [row["method"] for row in both["summary"]] == ["default", "dfs"]
+    assert [row["method"] for row in both["summary"]] == ["means", "dfs"]
     assert len(both["videos"]) == 4 and len(both["layers"]) == 8
     other = json.loads(paths[1].read_text())
     other["what"]["steps"] += 1

@@ -180,3 +180,30 @@ def test_automatic_slice_follows_the_order():
     assert [Settings().with_order(known).slice for known in (True, False)] == ["128x16", "128x8"]
     given = Settings(slice="64x1")
     assert given.with_order(True) is given and (given.m, given.n) == (64, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "tail"),
+    [
+        ({}, "none"),
+        ({"density": 0.3}, "none"),
+        ({"density": 0.25}, "none"),
+        ({"density": 0.2}, "pooled"),
+        ({"density": 0.2, "tail": "none"}, "none"),
+        ({"tail": "pooled"}, "pooled"),
+        ({"density": 0.2, "mask": "observed"}, "pooled"),
+        ({"density": 0.2, "mask": "dfs"}, "none"),  # a rule of others, as they have it
+        ({"top_p": 0.5}, "none"),  # what that keeps is known when the model runs
+    ],
+    ids=str,
+)
+def test_tail_by_density(options, tail):
+    settings = Settings.parse({f"fgattn.{name}": value for name, value in options.items()})
+    assert settings.tail_kind == tail
+
+
+def test_tail_by_density_of_a_stage_and_not_of_heads():
+    settings = Settings.parse({"fgattn.density": {0: 0.3, 0.5: 0.1}})
+    assert [stage.tail_kind for _, stage in settings.stages] == ["none", "pooled"]
+    by_head = Settings.parse({"fgattn.sites": {"a": {"density": [0.1, 0.2]}}})
+    assert by_head.for_site("a").tail_kind == "none"

@@ -74,7 +74,7 @@ def main() -> None:
     for order, mask_slice, tail, density in tqdm(cases[part::of], desc="settings"):
         order.use()
         torch._dynamo.reset()
-        options = quality.options_of("default", density, args) | {"fgattn.slice": mask_slice, "fgattn.tail": tail}
+        options = quality.options_of("means", density, args) | {"fgattn.slice": mask_slice, "fgattn.tail": tail}
         run_model = torch.compile(model, backend="fgattn", options=options)
         found = []
         for source, seed in videos:

@@ -61,13 +61,13 @@ QUALITY = {
     "128x1, one mean, no order": "FG-Attn's rule: one mean of 128 queries, single keys, raster order",
     "64x64 blocks": "64x64 blocks, raster order",
     "dfs": "DFSAttn's rule",
-    "default": "**default**",
-    "default, tail": "**default**, pooled tail",
+    "means": "means (**default** from a density of 0.25 on)",
+    "means, tail": "means, pooled tail (**default** below)",
     "observed": "observed, made anew every 4 steps",
     "observed, tail": "observed, pooled tail",
 }
 PERIODS = {
-    "default": "at every call, from means (the default)",
+    "means": "at every call, from means (the default)",
     "observed": "every 4 steps",
     "observed, every 8": "every 8 steps",
     "observed, every 16": "every 16 steps",

@@ -64,7 +64,7 @@ def rows(device: str = "cuda", points: list | None = None) -> Iterator[dict]:
         constants = device_constants.constants(settings, dim, dtype, on)
         if constants is None:
             raise SystemExit("bench cost: FGATTN_DEVICE_CONSTANTS is off, or no memory is left; nothing to check.")
-        tail = int(settings.tail == "pooled")
+        tail = int(settings.tail_kind == "pooled")
         shape = cost.Shape(1, heads, tokens, tokens, dim, settings.m, settings.n, density, tail)
         expected_dense, expected_sparse = cost.expected_ms(shape, constants)
         decision = cost.forecast(shape, constants).worth
@@ -72,7 +72,7 @@ def rows(device: str = "cuda", points: list | None = None) -> Iterator[dict]:
         ratio = dense.median / sparse.median
         undecided = UNDECIDED[0] <= ratio <= UNDECIDED[1]
         yield head | {
-            "shape": [1, heads, tokens, dim], "slice": settings.slice, "tail": settings.tail, "density": density,
+            "shape": [1, heads, tokens, dim], "slice": settings.slice, "tail": settings.tail_kind, "density": density,
             **dense.fields("baseline"), "expected_baseline_ms": expected_dense, **sparse.fields(),
             "expected_ms": expected_sparse, "ratio": ratio, "expected_ratio": expected_dense / expected_sparse,
             "decision": "sparse" if decision else "dense", "right": undecided or decision == (ratio > 1),
@@ -91,7 +91,7 @@ def _measure(heads: int, grid: tuple[int, int, int], dim: int, dtype: torch.dtyp
     def sparse():
         values = ops.reorder(v, order) if n > 1 else v  # k is put in query order by what makes it
         mask = ops.select_pooled(q, k, None, order, *choose)
-        return ops.attention(q, k, values, mask, None, order, scale, m, n, settings.tail, 0, settings.kernel)
+        return ops.attention(q, k, values, mask, None, order, scale, m, n, settings.tail_kind, 0, settings.kernel)
 
     return measure([lambda: F.scaled_dot_product_attention(q, k, v)]), measure([sparse])
 
