@@ -14,23 +14,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.fx import GraphModule, Node
+from torch.fx import GraphModule
 
-from fg_inductor import cost, explain_page, kernels, passes, state, variants
-from fg_inductor.kernels import ops
-from fg_inductor.passes import cache_key, checkpoint, density, sdpa, variant
-from fg_inductor.passes.graph import hint, value
-from fg_inductor.passes.site import Site
-from fg_inductor.passes.state import Stateful, add_state
+from fg_inductor import explain_page, state, variants
+from fg_inductor.forms import StageForms, check_strict, note_stateless, note_unmeasured, rewrite_graph, stages_of
+from fg_inductor.inner import compile_graph, replays, with_joint_pass
+from fg_inductor.passes import density, variant
 from fg_inductor.report import Meter, Report, Row, announce, note_sites, record, unmatched_note
 from fg_inductor.report import reset as forget_report
 from fg_inductor.settings import PREFIX, Settings
 from fg_inductor.variants import Variants
 
 log = logging.getLogger(__name__)
-
-HOOK = "joint_custom_pre_pass"
 
 
 def fgattn(
@@ -56,30 +51,30 @@ def fgattn(
     with dynamo_timed("fgattn_pass", log_pt2_compile_event=True):
         varies = settings.dense_first or settings.mask == "observed" or len(settings.stages) > 1
         original = variant.copy_graph(gm) if varies else None
-        rows = rewrite_graph(gm, settings.stages[0][1], graph_id, host_counts=not _replays(patches))
+        rows = rewrite_graph(gm, settings.stages[0][1], graph_id, host_counts=not replays(patches))
         rows = [dataclasses.replace(row, settings=settings.for_site(row.site.path)) for row in rows]
-        _check_strict(rows, settings)
+        check_strict(rows, settings)
         rewritten = any(row.site.rewritten for row in rows)
         meter = Meter(density.add_outputs(gm)) if settings.stats and rewritten else None
-        stages = [_Stage(gm, [])]
+        stages = [StageForms(gm, [])]
         if varies and rewritten:
-            stages = _stages(gm, original, example_inputs, rows, settings, graph_id)
+            stages = stages_of(gm, original, example_inputs, rows, settings, graph_id)
             if settings.mask == "observed":
-                rows = [_note_stateless(row, stages[0].observed[0]) for row in rows]
+                rows = [note_stateless(row, stages[0].observed[0]) for row in rows]
                 state.say_reasons(settings, stages[0].observed[0])
     if before is not None:
         log.debug("graph %s before:\n%s\nafter:\n%s", graph_id, before, gm.print_readable(print_output=False))
     if meter:
-        rows = [_note_unmeasured(row, meter) for row in rows]
+        rows = [note_unmeasured(row, meter) for row in rows]
     record(rows, meter)
     note_sites(graph_id, rows, settings)
     announce(graph_id, rows, settings)
     if not rewritten:
-        return _compile(gm, example_inputs, settings.inner, patches)
-    ours = _with_joint_pass(patches, settings)
+        return compile_graph(gm, example_inputs, settings.inner, patches)
+    ours = with_joint_pass(patches, settings)
 
     def compile_sparse(graph, inputs):
-        compiled = _compile(graph, inputs, settings.inner, ours)
+        compiled = compile_graph(graph, inputs, settings.inner, ours)
         return meter.wrap(compiled) if meter else compiled
 
     if not varies:
@@ -91,11 +86,11 @@ def fgattn(
         paths = {row.site.index: row.site.path for row in rows}
         keeper = state.Keeper(settings, graph_id, [stage.observed for stage in stages], paths, inputs)
 
-    def compilers(stage: _Stage):
+    def compilers(stage: StageForms):
         observed = [partial(compile_sparse, form.gm, [*inputs, *form.inputs]) for form in stage.observed if observes]
         return partial(compile_sparse, stage.sparse, inputs), observed
 
-    dense = partial(_compile, original, inputs, settings.inner, patches)
+    dense = partial(compile_graph, original, inputs, settings.inner, patches)
     return Variants(settings, dense, list(map(compilers, stages)), variant.is_symbolic(inputs), keeper)
 
 
@@ -188,7 +183,7 @@ def rewrite(gm: GraphModule, options: dict[str, Any] | None = None) -> Report:
             "'fgattn.dense_first' and a density by steps need the backend; leave them out."
         )
     rows = rewrite_graph(gm, settings, "exported")
-    _check_strict(rows, settings)
+    check_strict(rows, settings)
     return Report(rows)
 
 
@@ -237,180 +232,3 @@ def _suggest(name: Any, names: Iterable[str], otherwise: str) -> str:
 
 
 # The pass
-
-
-def rewrite_graph(gm: GraphModule, settings: Settings, graph_id: str, host_counts: bool = True) -> list[Row]:
-    """Rewrite the sites of a graph in place. An error of the pass is a reason to stay dense, unless ``strict``.
-
-    ``host_counts``: whether what Python takes to launch kernels is part of what a site takes.
-    """
-    try:
-        sites = sdpa.rewrite(gm, settings, cost.forecaster(host_counts))
-    except Exception as error:
-        if settings.strict:
-            raise
-        log.exception(
-            "fgattn: the pass failed on graph %s, whose attention stays as it is; please report this.", graph_id
-        )
-        detail = f"{type(error).__name__}: {error}"
-        sites = [Site("", 0, "unknown", "", "", "", "dense", "error in the pass", detail, video=True)]
-    if any(site.rewritten for site in sites):
-        checkpoint.translate_policies(gm)
-    _check_layers(sites, settings)
-    kernels_ = _kernels(gm, sites)
-    return [Row(graph_id, x, settings.for_site(x.path), kernel) for x, kernel in zip(sites, kernels_, strict=True)]
-
-
-def _check_layers(sites: list[Site], settings: Settings) -> None:
-    """Raises ValueError where ``fgattn.sites`` has settings of single layers for a graph that all layers share."""
-    for path in () if settings.sites is None else dict.fromkeys(x.path for x in sites if x.rewritten):
-        if meant := settings.sites.of_layers(path):
-            raise ValueError(
-                f"fgattn: fgattn.sites has {meant[0]!r}, but this graph is of one block and serves every layer: its "
-                f"site is {path!r}. Settings of single layers need the whole model compiled, with "
-                f"torch.compile(model, ...) in place of compile_repeated_blocks; or name {path!r}, for all layers."
-            )
-
-
-def _kernels(gm: GraphModule, sites: list[Site]) -> list[str | None]:
-    """The kernel that will run each site. Raises ValueError where ``fgattn.kernel`` forces one that can't.
-
-    Nodes that are no site are the user's own calls.
-    """
-    graphs = [m.graph for m in gm.modules() if isinstance(m, GraphModule)]
-    nodes = [node for graph in graphs for node in graph.find_nodes(op="call_function", target=ops.attention)]
-    at = {node.meta["fgattn_site"]: node for node in nodes if "fgattn_site" in node.meta}
-    return [_kernel(at[site.index]) if site.index in at else None for site in sites]
-
-
-def _kernel(node: Node) -> str:
-    """What the operator chooses for a node: from its fake arguments, cast as autocast will cast them."""
-    dtype = value(node)[0].dtype
-    q, k, v, *rest = (_traced(value(x)) if isinstance(x, Node) else x for x in node.args)
-    return ops.attention_kernel(*(x.to(dtype) for x in (q, k, v)), *rest)
-
-
-def _traced(x: Any) -> Any:
-    """A fake tensor with the sizes that the graph was traced with, so that a question about them adds no guard."""
-    if not isinstance(x, FakeTensor) or all(isinstance(size, int) for size in (*x.shape, *x.stride())):
-        return x
-    # Any size will do where only run time knows it: a kernel refuses layouts and head dims, not lengths.
-    shape, stride = ([4096 if hint(size) is None else hint(size) for size in sizes] for sizes in (x.shape, x.stride()))
-    with x.fake_mode:
-        return torch.empty_strided(shape, stride, dtype=x.dtype, device=x.device)
-
-
-def _check_strict(rows: list[Row], settings: Settings) -> None:
-    dense = [row for row in rows if row.site.video and not row.site.rewritten]
-    if settings.strict and dense:
-        raise RuntimeError(
-            f"fgattn: {len(dense)} video attention sites can't be rewritten, and 'fgattn.strict' is on. Change what "
-            f"the reasons name, or drop 'fgattn.strict' to leave these sites dense.\n{Report(dense)}"
-        )
-
-
-def _note_unmeasured(row: Row, meter: Meter) -> Row:
-    if not row.site.rewritten or row.site.index in meter.sites:
-        return row
-    return dataclasses.replace(row, note="density not measured inside a checkpointed region")
-
-
-@dataclasses.dataclass
-class _Stage:
-    """The rewritten graph in one stage of the density, and with observed masks of each size that may be kept."""
-
-    sparse: GraphModule
-    observed: list[Stateful]
-
-
-def _stages(
-    gm: GraphModule,
-    original: GraphModule,
-    example_inputs: Sequence[Any],
-    rows: list[Row],
-    settings: Settings,
-    graph: str,
-) -> list[_Stage]:
-    """The forms of a graph. ``gm`` is the first of them, rewritten, ``original`` the graph before."""
-
-    stages, chosen = settings.stages, frozenset(row.site.index for row in rows if row.site.rewritten)
-
-    def form(of: Settings) -> GraphModule:
-        if of is stages[0][1]:
-            return variant.copy_graph(gm)
-        other = variant.copy_graph(original)
-        sdpa.rewrite(other, of, only=chosen)
-        checkpoint.translate_policies(other)
-        if settings.stats:
-            density.add_outputs(other)
-        return other
-
-    def with_state(of: Settings) -> Stateful:
-        return _with_state(form(of), example_inputs, rows, settings, graph)
-
-    return [_Stage(form(stage), [with_state(level) for level in stage.levels]) for _, stage in stages]
-
-
-def _with_state(
-    gm: GraphModule, example_inputs: Sequence[Any], rows: list[Row], settings: Settings, graph_id: str
-) -> Stateful:
-    """A rewritten graph with state. An error of the pass is a reason to go without, unless ``strict``."""
-    try:
-        return add_state(gm, example_inputs, settings.drift)
-    except Exception as error:
-        if settings.strict:
-            raise
-        log.exception("fgattn: graph %s gets no observed masks, as the pass failed; please report this.", graph_id)
-        return Stateful(gm, reasons={row.site.index: f"error in the pass: {error}" for row in rows})
-
-
-def _note_stateless(row: Row, stateful: Stateful) -> Row:
-    reason = stateful.reasons.get(row.site.index)
-    if reason is None or not row.site.rewritten:
-        return row
-    site = dataclasses.replace(row.site, details={**row.site.details, "state": f"none: {reason}"})
-    return dataclasses.replace(row, site=site)
-
-
-# The inner compiler
-
-# From 2.10 on, Inductor loses gradients of scales and shifts that are chunks of one tensor, as blocks of diffusion
-# transformers have them, with dense attention too: the memory of some is never written (pytorch/pytorch#193061). The
-# fix, #193103, came after 2.14.
-PATCHES = {"triton.mix_order_reduction": False} if torch.__version__ < (2, 15) else {}
-
-
-def _replays(patches: dict[str, Any]) -> bool:
-    """Whether Inductor will replay CUDA graphs, so that Python launches nothing."""
-    from torch._inductor import config
-
-    return bool(patches.get("triton.cudagraphs", config.triton.cudagraphs))
-
-
-def _with_joint_pass(patches: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    """Inductor's patches with our pass on the joint graph, behind the user's own hooks."""
-    from torch._inductor import config
-
-    theirs = patches.get(HOOK, config.joint_custom_pre_pass)
-    theirs = () if theirs is None else tuple(theirs) if isinstance(theirs, (list, tuple)) else (theirs,)
-    folders = (Path(module.__file__).parent for module in (kernels, passes))
-    salt = f"{cache_key.source_hash(Path(__file__).parent, *folders)} {settings}"
-    return {**patches, HOOK: cache_key.JointPass(salt, theirs)}
-
-
-def _compile(gm: GraphModule, example_inputs: Sequence[Any], inner: str, patches: dict[str, Any]) -> Callable:
-    if inner != "inductor":
-        return torch._dynamo.lookup_backend(inner)(gm, example_inputs)
-    # Imported here as torch's own backend does: importing Inductor is slow, and its worker pool should start early.
-    from torch._inductor.async_compile import maybe_warm_pool
-
-    maybe_warm_pool()
-    from torch._inductor import config
-    from torch._inductor.compile_fx import compile_fx
-    from torch._inductor.decomposition import select_decomp_table
-
-    # Into Inductor's own table: with a table of ours, its caches would be off.
-    with config.patch(patches):
-        select_decomp_table().setdefault(ops.reorder, ops.reorder_decomposition)
-    # As patches and not in a ``with``: backward is compiled later, and must see them too.
-    return compile_fx(gm, example_inputs, config_patches=PATCHES | patches)

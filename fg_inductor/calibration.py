@@ -21,7 +21,8 @@ from tabulate import tabulate
 from torch import Tensor
 from torch.fx import GraphModule, Interpreter, Node
 
-from fg_inductor.backend import read_options, rewrite_graph
+from fg_inductor.backend import read_options
+from fg_inductor.forms import rewrite_graph
 from fg_inductor.kernels import ops, reference
 from fg_inductor.report import Report, Row
 from fg_inductor.settings import BY_HEAD, Settings

@@ -222,7 +222,7 @@ class Settings:
     def tail_kind(self) -> str:
         """``tail`` with "auto" decided: summaries pay where little is kept, of masks that keep what matters most.
 
-        Not where sites or heads have densities of their own: calibration measured those without summaries.
+        Not where heads have densities of their own: calibration measured those without summaries.
         """
         if self.tail != "auto":
             return self.tail

@@ -222,6 +222,15 @@ def test_only_wanted(split, device, poison):
             torch.testing.assert_close(x, full if want else full.new_empty(0), rtol=1e-5, atol=1e-5)
 
 
+def test_the_copy_engine_adds_where_64_keys_are_neighbours():
+    name, lacking = "fg_inductor.kernels.attention_backward_hopper", (ImportError, AttributeError)
+    hopper = pytest.importorskip(name, exc_type=lacking)  # Triton may lack what it needs of Gluon
+    assert [hopper.bulk(128, n) for n in (1, 32, 64, 128)] == [False, False, True, True]
+    assert not hopper.bulk(64, 64)  # two CTAs share the memory that pieces would lie in
+    by_threads, in_bulk = (hopper.configuration(128, 128, x) for x in (False, True))
+    assert (by_threads["SLOTS"], in_bulk["SLOTS"]) == (0, 2) and by_threads["EARLY"] and not in_bulk["EARLY"]
+
+
 def test_deterministic_algorithms_have_no_atomics():
     assert not attention_backward.by_keys(8, 64) and attention_backward.by_keys(64, 64)
     assert not attention_backward.by_keys(64, 64, bulk=True)

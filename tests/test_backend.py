@@ -12,7 +12,7 @@ from torch._dynamo.exc import BackendCompilerFailed
 from torch._dynamo.utils import counters
 
 import fg_inductor
-from fg_inductor import backend
+from fg_inductor import backend, inner
 from fg_inductor.passes import sdpa
 from fg_inductor.passes.site import Site
 from fg_inductor.settings import Settings
@@ -122,7 +122,7 @@ def test_what_reaches_inductor(patches, arguments, expected):
     for received in patches:
         assert expected.items() <= received.items()
         assert not any(key.startswith("fgattn") or key == "mode" for key in received)
-        assert (backend.HOOK in received) == (options is not None)
+        assert (inner.HOOK in received) == (options is not None)
     assert options == given
     assert (fg_inductor.report().rewritten > 0) == (options is not None)
 
@@ -197,8 +197,8 @@ def test_calls_the_users_joint_hook(where):
     graphs = []
     hook = graphs.append
     options = dict(SHORT)
-    with torch._inductor.config.patch({} if where == "options" else {backend.HOOK: hook}):
-        options |= {backend.HOOK: hook} if where == "options" else {}
+    with torch._inductor.config.patch({} if where == "options" else {inner.HOOK: hook}):
+        options |= {inner.HOOK: hook} if where == "options" else {}
         torch.compile(SelfAttention(), backend="fgattn", options=options)(tokens())
     assert len(graphs) == 1
     assert fg_inductor.report().rewritten == 1
@@ -244,7 +244,7 @@ def test_two_models():
 def test_nothing_to_rewrite_runs_as_before(patches):
     model = torch.compile(SelfAttention(is_causal=True), backend="fgattn", options=SHORT)
     model(tokens())
-    assert patches == [backend.PATCHES]
+    assert patches == [inner.PATCHES]
     assert [row.site.reason for row in fg_inductor.report()] == ["causal"]
 
 

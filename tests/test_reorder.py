@@ -70,7 +70,7 @@ def test_inductor_fuses_it():
     x, order = torch.randn(1, 2, 40, 8, requires_grad=True), torch.randperm(40).to(torch.int32)
 
     def backend(gm, example_inputs):
-        return fg_inductor.backend._compile(gm, example_inputs, "inductor", {})
+        return fg_inductor.inner.compile_graph(gm, example_inputs, "inductor", {})
 
     compiled = torch.compile(lambda x: ops.reorder(x.exp(), order) * 2, backend=backend)
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import fg_inductor
-from fg_inductor.backend import HOOK, _with_joint_pass
+from fg_inductor.inner import HOOK, with_joint_pass
 from fg_inductor.settings import Settings
 from fg_inductor.testing_passes import run_pass
 from fg_inductor.toy_models import SHORT, Stack, tiny_wan, tokens, wan_inputs
@@ -94,7 +94,7 @@ def test_refuses_what_contradicts_the_other_options(tmp_path):
 
 def test_settings_of_sites_are_in_the_caches_key():
     plain, other = parse({"x": {"density": 0.3}}), parse({"x": {"density": [0.3, 0.4]}})
-    keys = {_with_joint_pass({}, settings)[HOOK].uuid() for settings in (plain, other, parse(None))}
+    keys = {with_joint_pass({}, settings)[HOOK].uuid() for settings in (plain, other, parse(None))}
     assert len(keys) == 3
 
 

@@ -25,7 +25,7 @@ def test_state_has_static_addresses(monkeypatch):
         return gm
 
     compiler = aot_autograd(fw_compiler=spy)
-    monkeypatch.setattr(backend, "_compile", lambda gm, inputs, inner, patches: compiler(gm, inputs))
+    monkeypatch.setattr(backend, "compile_graph", lambda gm, inputs, inner, patches: compiler(gm, inputs))
     model = compile_whole(Guided(), OBSERVED)
     with torch.no_grad(), fg_inductor.denoising(model):
         model(tokens(), tokens(1))

@@ -9,7 +9,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 import fg_inductor
-from fg_inductor import backend, state
+from fg_inductor import forms, state
 from fg_inductor.settings import Settings
 from fg_inductor.testing_steps import EagerSchedule
 from fg_inductor.toy_models import count_calls, tokens
@@ -117,7 +117,7 @@ def test_an_error_of_the_pass_is_a_reason(monkeypatch, caplog):
     def fail(gm, example_inputs, bound):
         raise KeyError("a defect")
 
-    monkeypatch.setattr(backend, "add_state", fail)
+    monkeypatch.setattr(forms, "add_state", fail)
     model, x, text = Guided(), tokens(), tokens(1)
     compiled = compile_whole(model, OBSERVED)
     with torch.no_grad(), fg_inductor.denoising(compiled):

@@ -195,7 +195,7 @@ def test_no_double_backward(inner, message):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_gradients_of_shared_scales_and_shifts():
-    """Inductor 2.10 to 2.14 never writes some of them, unless told as ``backend.PATCHES`` does."""
+    """Inductor 2.10 to 2.14 never writes some of them, unless told as ``inner.PATCHES`` does."""
     model = Modulated(512).cuda()
     options = {"fgattn.min_seq": 1, "fgattn.when": "always", "fgattn.density": 1.0}
     run = torch.compile(model, backend="fgattn", options=options, fullgraph=True)

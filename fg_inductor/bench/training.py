@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import fg_inductor
-from fg_inductor import backend
+from fg_inductor import inner
 from fg_inductor.bench.common import (
     PRESETS,
     Timing,
@@ -250,7 +250,7 @@ def _step_rows(args, settings: dict, attention_ms: float, head: dict, device: st
         gc.collect()
         return found
 
-    dense = measured(options=backend.PATCHES)
+    dense = measured(options=inner.PATCHES)
     attention = attention_ms / dense[0].median
     for (m, n, density), kept in settings.items():
         for tail in args.tail:
