@@ -57,14 +57,9 @@ METHODS = {
     "64x64 blocks": {"fgattn.slice": "64x64", "fgattn.pool": 64, "fgattn.token_grid": None, "fgattn.tail": "none"},
 }  # fmt: skip
 # Not run unless asked for: what longer periods cost.
+PERIODS = {"every 8": "every 8", "every 16": "every 16", "every 32": "every 32", "once": "every 1000"}
 METHODS_BY_PERIOD = {
-    f"observed, {name}": {"fgattn.mask": "observed", "fgattn.refresh": rule, "fgattn.tail": "none"}
-    for name, rule in {
-        "every 8": "every 8",
-        "every 16": "every 16",
-        "every 32": "every 32",
-        "once": "every 1000",
-    }.items()
+    f"observed, {name}": METHODS["observed"] | {"fgattn.refresh": rule} for name, rule in PERIODS.items()
 }
 SHIFT = 3.0  # of the noise levels towards noise
 HEAD_DIM = 128
@@ -127,21 +122,33 @@ def levels(steps: int) -> list[float]:
 
 def rows(model: nn.Module, args) -> Iterator[dict]:
     """A record for each method, density, source and seed."""
-    texts = {source: text_of(source, model, args.device) for source in args.source}
-    dense = {
-        (source, seed): sample(model, model, text, seed, args) for source, text in texts.items() for seed in args.seeds
-    }
+    dense = videos(model, model, args)
     cases = list(itertools.product(args.methods, args.density))
     for method, density in tqdm(cases, desc="videos"):
-        torch._dynamo.reset()
-        run_model = torch.compile(model, backend="fgattn", options=options_of(method, density, args))
-        for (source, seed), exact in dense.items():
-            video = sample(model, run_model, texts[source], seed, args)
-            kept = [row.density for row in fg_inductor.report() if row.density is not None]
-            if not kept:
-                raise SystemExit(f"quality: nothing was rewritten.\n{fg_inductor.report()}")
-            found = {"kept": sum(kept) / len(kept)} | video_metrics.compare(video, exact)
-            yield {"method": method, "density": density, "source": source, "seed": seed} | found
+        for found in against(dense, model, options_of(method, density, args), args):
+            yield {"method": method, "density": density} | found
+
+
+def videos(model: nn.Module, run_model, args) -> dict[tuple[str, int], Tensor]:
+    """A video for each source and seed."""
+    texts = {source: text_of(source, model, args.device) for source in args.source}
+    return {
+        (source, seed): sample(model, run_model, text, seed, args)
+        for source, text in texts.items()
+        for seed in args.seeds
+    }
+
+
+def against(dense: dict, model: nn.Module, options: dict, args) -> Iterator[dict]:
+    """The figures of each video with these options of the backend, beside the dense one; and the density kept."""
+    torch._dynamo.reset()
+    found = videos(model, torch.compile(model, backend="fgattn", options=options), args)
+    kept = [row.density for row in fg_inductor.report() if row.density is not None]
+    if not kept:
+        raise SystemExit(f"quality: nothing was rewritten.\n{fg_inductor.report()}")
+    for (source, seed), video in found.items():
+        figures = video_metrics.compare(video, dense[source, seed])
+        yield {"source": source, "seed": seed, "kept": sum(kept) / len(kept)} | figures
 
 
 def options_of(method: str, density: float, args) -> dict:
@@ -289,11 +296,11 @@ def measured(args) -> dict:
 
     model = load_model(args.weights, args.device).requires_grad_(False)
     text = text_of(args.source[0], model, args.device)
-    videos = list(rows(model, args))
+    found = list(rows(model, args))
     names = ("frames", "side", "steps", "dense_first", "seeds", "level", "source")
     what = {name: getattr(args, name) for name in names}
     what |= {"weights": Path(args.weights).name if args.weights else "tiny_dit", **environment()}
-    return {"what": what, "summary": summary(videos), "videos": videos, "layers": list(layer_errors(model, text, args))}
+    return {"what": what, "summary": summary(found), "videos": found, "layers": list(layer_errors(model, text, args))}
 
 
 def together(paths: list[str]) -> dict:

@@ -76,3 +76,15 @@ def test_videos_become_records(tables, tmp_path):
     assert table.splitlines()[2:4] == ["| one | 30.0 |", "| two | 30.0 (0.40) |"]
     with pytest.raises(ValueError, match="variant 'c'"):
         tables.quality_table(["q.json"], {"c": "three"}, tmp_path)
+
+
+def test_peers_that_failed_are_no_rows(tables, tmp_path):
+    head = {"card": "GPU", "torch": "2", "triton": "3", "shape": [1, 2, 3, 4]}
+    rows = [
+        head | {"variant": "a dense", "density": 1.0, "median_ms": 2.0},
+        head | {"variant": "b", "density": 0.3, "median_ms": 1.0, "error": 0.5},
+        head | {"variant": "c", "failed": "ImportError"},
+    ]
+    (tmp_path / "peers.json").write_text(json.dumps(rows))
+    table = tables.peers_table(tmp_path / "peers.json")
+    assert table.splitlines()[2:3] == ["| b | 1 | 0.5 |"] and "ImportError" not in table

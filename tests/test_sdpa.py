@@ -89,6 +89,12 @@ def test_grouped_queries(kv_heads):
     torch.testing.assert_close(done.result, model(x))
 
 
+@pytest.mark.parametrize(("density", "tail"), [(0.2, "pooled"), (0.3, "none")])
+def test_tail_follows_the_density(density, tail):
+    (arguments,) = run_pass(Attention(), (tokens(),), density=density).attention()
+    assert arguments["tail"] == tail
+
+
 def test_settings_become_arguments():
     wanted = {"pool": 8, "top_p": 0.8, "density": 0.25, "max_density": 0.5, "tail": "pooled"}
     (arguments,) = run_pass(Attention(), (tokens(),), slice="32x16", **wanted).attention()

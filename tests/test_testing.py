@@ -87,3 +87,12 @@ def test_dense_mask_bit_by_bit():
         for key in (0, 7, 8, 255, 256, 299):  # group 31 is the sign bit of word 0
             bit = mask[1, 0, row // 16, key // 8 // 32].item() >> (key // 8 % 32) & 1
             assert dense[1, 0, token, key].item() == bool(bit)
+
+
+def test_a_known_error_of_plain_stands_in_for_its_luck():
+    """One number may be exact in plain PyTorch by chance; what it is known to miss by is the measure then, no more."""
+    exact, plain = torch.tensor([1.0], dtype=torch.float64), torch.tensor([1.0])
+    assert_l2_as_accurate(torch.tensor([1.0 + 3e-7]), plain, exact, plain_error=1.5e-7)
+    for known, error in ((0.0, 3e-7), (1.5e-7, 6e-7)):
+        with pytest.raises(AssertionError, match="exceeds the budget"):
+            assert_l2_as_accurate(torch.tensor([1.0 + error]), plain, exact, plain_error=known)

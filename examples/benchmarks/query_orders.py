@@ -23,10 +23,8 @@ from typing import NamedTuple
 import quality
 import tiny_dit
 import torch
-import video_metrics
 from tqdm import tqdm
 
-import fg_inductor
 from fg_inductor.bench.common import environment, save
 from fg_inductor.kernels import query_order
 
@@ -62,9 +60,7 @@ def parse_order(text: str) -> Order:
 def main() -> None:
     args = parse_args()
     model = quality.load_model(args.weights, args.device).requires_grad_(False)
-    texts = {source: quality.text_of(source, model, args.device) for source in args.source}
-    videos = list(itertools.product(args.source, args.seeds))
-    dense = {(source, seed): quality.sample(model, model, texts[source], seed, args) for source, seed in videos}
+    dense = quality.videos(model, model, args)
     cases = list(itertools.product(args.order, args.slice, args.tail, args.density))
     part, of = map(int, args.part.split("/"))
     name = (args.weights or "tiny_dit").rpartition("/")[2].partition("_")[0]
@@ -73,18 +69,12 @@ def main() -> None:
     records = []
     for order, mask_slice, tail, density in tqdm(cases[part::of], desc="settings"):
         order.use()
-        torch._dynamo.reset()
         options = quality.options_of("means", density, args) | {"fgattn.slice": mask_slice, "fgattn.tail": tail}
-        run_model = torch.compile(model, backend="fgattn", options=options)
-        found = []
-        for source, seed in videos:
-            video = quality.sample(model, run_model, texts[source], seed, args)
-            found.append(video_metrics.psnr(video, dense[source, seed]))
-        kept = [row.density for row in fg_inductor.report() if row.density is not None]
+        found = list(quality.against(dense, model, options, args))
+        psnr = [row["psnr_db"] for row in found]
         record = {
-            "variant": str(order), "slice": mask_slice, "tail": tail, "density": density, "kept": sum(kept) / len(kept),
-            "psnr_db": sum(found) / len(found), "psnr_min_db": min(found), "psnr_max_db": max(found),
-            "videos": len(found),
+            "variant": str(order), "slice": mask_slice, "tail": tail, "density": density, "kept": found[0]["kept"],
+            "psnr_db": sum(psnr) / len(psnr), "psnr_min_db": min(psnr), "psnr_max_db": max(psnr), "videos": len(psnr),
         }  # fmt: skip
         records.append(head | record)
         save(records, args.json)

@@ -178,7 +178,7 @@ def quality_table(files=QUALITY_FILES, variants=QUALITY, folder: Path = HERE / "
 
 def peers_table(file: Path = HERE / "results" / "peers.json") -> str:
     """Times and errors of sparse attention kernels by density, as Markdown: a row for each kernel."""
-    records = load(file)
+    records = [r for r in load(file) if not r.get("failed")]
     densities = sorted({r["density"] for r in records if r["density"] < 1}, reverse=True)
     names = [f"{what}, {density:g} kept" for density in densities for what in ("ms", "error")]
     lines = ["| kernel, M x N | " + " | ".join(names) + " |", "| --- |" + " ---: |" * len(names)]
