@@ -24,7 +24,7 @@ def timed(monkeypatch):
 
 def test_what_each_step_does_to_the_mask():
     q, k, v = (torch.randn(1, 2, 256, 16) for _ in range(3))
-    mask = torch.zeros(1, 2, 2, 1, dtype=torch.int32)
+    mask = torch.zeros(1, 2, 2, 4, dtype=torch.int32)
     found = observed.steps((q, k, v), mask, 128, 8, 0.25)
     first = mask.clone()
     assert ops.kept_density(mask, None, 256, 256, 128, 8).item() == pytest.approx(0.25)
