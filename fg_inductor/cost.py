@@ -3,7 +3,8 @@
 The time of one forward call, on one device, in terms of its sizes (B batch, H query heads, Sq and Sk tokens, D head
 dim, M queries a slice, N keys a group, ``density`` kept, ``tail`` 1 or 0) and of constants that are measured:
 
-    dense   = max(host,  work / rate + row * rows)                                      work = 4 B H Sq Sk D
+    dense   = max(host,  work / rate + row * rows)                                      work = 4 B H Sq Sk D,
+              rate: one for lengths that are multiples of 128, one for others
     sparse  = max(host', (density + tail / 128) * work / rate' + slice * slices         attention
                          + list * groups                                                column lists
                          + score * groups + mean * (tokens of q and k))                 selection
@@ -27,9 +28,12 @@ MIN_GAIN = 0.03  # a smaller one is within what a measurement of two kernels dif
 # What top_p keeps is known when the model runs. The quickstart's trained model keeps 0.31 at 0.9.
 KEPT_BY_TOP_P = 0.3
 TAIL_KEYS = 128  # dropped keys for each summary key of the pooled tail
+TILE = 128  # cuDNN takes 9% to 12% longer (H100, head dims 128 and 64) where a length is not a multiple of it
 
 B, H, SQ, SK, D, M, N = sympy.symbols("B H Sq Sk D M N", positive=True)
-DENSITY, TAIL = sympy.symbols("density tail", nonnegative=True)
+DENSITY, TAIL, RAGGED = sympy.symbols("density tail ragged", nonnegative=True)
+
+SIZES = (B, H, SQ, SK, D, M, N, DENSITY, TAIL, RAGGED)
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,7 @@ class Constants:
     """Milliseconds for one unit each; rates in floating-point operations a millisecond."""
 
     dense_rate: float
+    ragged_rate: float
     dense_row: float
     dense_host: float
     kept_rate: float
@@ -53,7 +58,7 @@ ROWS = B * H * SQ
 SLICES = ROWS / M
 GROUPS = SLICES * SK / N
 # Terms by the constant that they are multiplied with: ``device_constants`` fits the constants to them.
-DENSE_TERMS = {"1/dense_rate": WORK, "dense_row": ROWS}
+DENSE_TERMS = {"1/dense_rate": (1 - RAGGED) * WORK, "1/ragged_rate": RAGGED * WORK, "dense_row": ROWS}
 ATTENTION_TERMS = {"1/kept_rate": (DENSITY + TAIL / TAIL_KEYS) * WORK, "slice": SLICES, "list": GROUPS}
 SELECTION_TERMS = {"score": GROUPS, "mean": B * H * (SQ + SK)}
 
@@ -80,13 +85,18 @@ class Shape:
     density: float
     tail: int
 
+    @property
+    def ragged(self) -> int:
+        """1 where a length is no multiple of dense attention's tiles."""
+        return int(self.Sq % TILE > 0 or self.Sk % TILE > 0)
+
     def values(self) -> dict[sympy.Symbol, float]:
-        return {symbol: getattr(self, symbol.name) for symbol in (B, H, SQ, SK, D, M, N, DENSITY, TAIL)}
+        return {symbol: getattr(self, symbol.name) for symbol in SIZES}
 
 
 @functools.cache
 def _compiled(expression: sympy.Expr) -> Callable[..., float]:
-    return sympy.lambdify([B, H, SQ, SK, D, M, N, DENSITY, TAIL, *_C.values()], expression, "math")
+    return sympy.lambdify([*SIZES, *_C.values()], expression, "math")
 
 
 def expected_ms(shape: Shape, constants: Constants) -> tuple[float, float]:

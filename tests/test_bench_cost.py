@@ -9,7 +9,7 @@ from fg_inductor.bench.common import Timing
 from fg_inductor.cost import Constants
 
 # Without any work but the pairs: dense takes 1/1e9 ms for each operation, sparse as much for each one kept.
-EVEN = Constants(1e9, 0.0, 0.0, 1e9, 0.0, 0.0, 0.0, 0.0, 0.0)
+EVEN = Constants(1e9, 1e9, 0.0, 0.0, 1e9, 0.0, 0.0, 0.0, 0.0, 0.0)
 
 
 @pytest.mark.parametrize(
@@ -27,15 +27,28 @@ def test_right_and_wrong(density, ratio, decision, right, monkeypatch):
     monkeypatch.setattr(device_constants, "constants", lambda *_: EVEN)
     times = iter([Timing(ratio, 0, 0), Timing(1.0, 0, 0)])  # dense, sparse
 
-    def measure(calls):
-        for call in calls:
-            call()
+    def in_a_row(call):
+        call()
         return next(times)
 
-    monkeypatch.setattr(cost, "measure", measure)
+    monkeypatch.setattr(cost, "_in_a_row", in_a_row)
     (row,) = cost.rows("cpu", [(2, (2, 4, 8), 16, density, {"slice": "16x8"})])
     assert (row["decision"], row["right"], row["ratio"]) == (decision, right, ratio)
     assert row["expected_ratio"] == pytest.approx(1 / density) and row["shape"] == [1, 2, 64, 16]
+
+
+@pytest.mark.parametrize(("once", "count"), [(0.1, 16), (2.0, 5), (50.0, 1)])
+def test_short_calls_follow_each_other(once, count, monkeypatch):
+    called = []
+
+    def measure(calls):
+        before = len(called)
+        calls[0]()
+        return Timing(once * (len(called) - before), 0, 0)
+
+    monkeypatch.setattr(cost, "measure", measure)
+    assert cost._in_a_row(lambda: called.append(1)).median == pytest.approx(once)
+    assert len(called) == 1 + count
 
 
 def test_twelve_points_on_both_sides():

@@ -16,8 +16,8 @@ from fg_inductor.toy_models import Stack, tokens
 
 # 600 and 500 TFLOP/s, and round numbers for the rest.
 CARD = Constants(
-    dense_rate=6e11, dense_row=1e-7, dense_host=0.02, kept_rate=5e11, slice=1e-5, list=1e-9, score=4e-9, mean=1e-8,
-    sparse_host=0.2,
+    dense_rate=6e11, ragged_rate=5e11, dense_row=1e-7, dense_host=0.02, kept_rate=5e11, slice=1e-5, list=1e-9,
+    score=4e-9, mean=1e-8, sparse_host=0.2,
 )  # fmt: skip
 SHAPE = Shape(B=2, H=3, Sq=40_000, Sk=60_000, D=128, M=128, N=8, density=0.3, tail=0)
 
@@ -29,7 +29,7 @@ def test_expected_ms_by_hand():
     work = 4 * 2 * 3 * 40_000 * 60_000 * 128
     slices = 2 * 3 * 40_000 / 128
     groups = slices * 60_000 / 8
-    dense = work / 6e11 + 1e-7 * 2 * 3 * 40_000
+    dense = work / 5e11 + 1e-7 * 2 * 3 * 40_000  # neither length is a multiple of 128
     sparse = 0.3 * work / 5e11 + 1e-5 * slices + (1e-9 + 4e-9) * groups + 1e-8 * 2 * 3 * 100_000
     assert expected_ms(SHAPE, CARD) == pytest.approx((dense, sparse))
 
@@ -48,6 +48,17 @@ def test_expected_ms_by_hand():
 def test_sparse_grows_with(change, grows):
     before, after = (expected_ms(shape, CARD)[1] for shape in (SHAPE, dataclasses.replace(SHAPE, **change)))
     assert (after > before) == grows
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "ragged"), [(256, 384, 0), (256, 383, 1), (255, 384, 1), (1, 1, 1)], ids=str
+)
+def test_ragged_lengths_have_a_rate_of_their_own(queries, keys, ragged):
+    shape = dataclasses.replace(SHAPE, Sq=queries, Sk=keys)
+    work = 4 * 2 * 3 * queries * keys * 128
+    free = dataclasses.replace(CARD, dense_host=0.0)
+    assert shape.ragged == ragged
+    assert expected_ms(shape, free)[0] == pytest.approx(work / (5e11 if ragged else 6e11) + 1e-7 * 6 * queries)
 
 
 def test_python_bounds_what_is_small():
