@@ -126,6 +126,12 @@ def between(high):
     return read
 
 
+def read_step(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < math.inf:
+        raise ValueError("must be a positive number")
+    return float(value)
+
+
 def read_share(value):
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 <= value <= 1:
         raise ValueError("must be a number in [0, 1]")

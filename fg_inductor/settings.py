@@ -10,6 +10,7 @@ from typing import Any
 from fg_inductor import site_settings
 from fg_inductor.kernels.checks import KERNELS, REDUCES, TAILS
 from fg_inductor.kernels.mask import GROUPS
+from fg_inductor.kernels.query_order import TIME
 from fg_inductor.option_values import (
     Schedule,
     StaticMask,
@@ -28,6 +29,7 @@ from fg_inductor.option_values import (
     read_share,
     read_slice,
     read_static,
+    read_step,
 )
 from fg_inductor.selectors import registered_selector
 from fg_inductor.site_settings import RULES, Sites
@@ -100,6 +102,12 @@ class Settings:
     )
     token_grid: tuple[int, int, int] | str | None = _option(
         "auto", read_grid, "(T, H, W) of the video tokens, 'auto' (read off the graph), or None"
+    )
+    time_step: float = _option(
+        TIME,
+        read_step,
+        "steps in height or width that a step in time counts as, where tokens that are near each other share a slice: "
+        "less for videos with little motion",
     )
     min_seq: int = _option(4096, read_length, "tokens; sites with fewer queries or keys stay dense")
     dense_first: float = _option(

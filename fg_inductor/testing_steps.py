@@ -57,7 +57,7 @@ class EagerSchedule:
         order = None
         if isinstance(settings.token_grid, tuple):
             settings = settings.with_order(True)
-            order = ops.query_order(*settings.token_grid, 0, 0, settings.m, query.device)
+            order = ops.query_order(*settings.token_grid, 0, 0, settings.m, query.device, "rods", settings.time_step)
             if settings.n > 1:
                 key, value = (x[:, :, order.long()] for x in (key, value))
         settings = settings.with_order(False)

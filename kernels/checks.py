@@ -4,6 +4,7 @@ They run at every call, so a message is put together only where it is raised. Si
 plain ints: comparing SymInts would add a guard to the user's graph.
 """
 
+import math
 from typing import NoReturn
 
 import torch
@@ -41,11 +42,13 @@ def check_slice(op: str, m: int, n: int | None = None) -> None:
         fail(op, f"n={n} keys a group; choose one of {GROUPS}.")
 
 
-def check_order(m: int, curve: str) -> None:
+def check_order(m: int, curve: str, time: float) -> None:
     """The arguments of ``query_order``, sizes apart."""
     check_slice("query_order", m)
     if curve not in CURVES:
         fail("query_order", f"curve={curve!r}; choose one of {CURVES}.")
+    if not 0 < time < math.inf:
+        fail("query_order", f"time={time}: a step in time counts as some steps in height or width, more than none.")
 
 
 def check_reorder(x: Tensor, order: Tensor) -> None:

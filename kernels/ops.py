@@ -24,7 +24,7 @@ from fg_inductor.kernels.checks import (
     joined_density,
 )
 from fg_inductor.kernels.mask import slice_count, word_count
-from fg_inductor.kernels.query_order import query_order as make_query_order
+from fg_inductor.kernels.query_order import TIME, kept_query_order
 
 # Inductor passes arguments that have a default by name, to functions of its own: none may be called ``kernel``.
 SCHEMAS = {
@@ -48,7 +48,7 @@ SCHEMAS = {
     "keep_dense": "(Tensor mask, Tensor? order, SymInt queries, SymInt keys, int m, int n, SymInt[] dense_keys, "
     "SymInt[] dense_queries) -> Tensor",
     "query_order": "(SymInt t, SymInt h, SymInt w, SymInt before, SymInt after, int m, Device device, "
-    'str curve="rods") -> Tensor',
+    'str curve="rods", float time=0.5) -> Tensor',
     "reorder": "(Tensor x, Tensor order, bool inverse=False) -> Tensor",
     "kept_density": "(Tensor mask, Tensor? key_bias, SymInt queries, SymInt keys, int m, int n) -> Tensor",
 }
@@ -356,16 +356,16 @@ torch.library.register_autograd("fgattn::attention_backward", _no_double_backwar
 
 
 @torch.library.register_fake("fgattn::query_order")
-def _query_order_fake(t, h, w, before, after, m, device, curve="rods"):
-    check_order(m, curve)
+def _query_order_fake(t, h, w, before, after, m, device, curve="rods", time=TIME):
+    check_order(m, curve, time)
     return torch.empty(before + t * h * w + after, dtype=torch.int32, device=device)
 
 
-def _query_order(t, h, w, before, after, m, device, curve="rods"):
-    check_order(m, curve)
+def _query_order(t, h, w, before, after, m, device, curve="rods", time=TIME):
+    check_order(m, curve, time)
     if min(t, h, w) <= 0 or min(before, after) < 0:
         fail("query_order", f"token grid {(t, h, w)}, {before} tokens before and {after} after; give positive sizes.")
-    return make_query_order(t, h, w, before, after, m, device, curve)
+    return kept_query_order(t, h, w, before, after, m, device, curve, time)
 
 
 torch.library.impl("fgattn::query_order", "CompositeExplicitAutograd", _query_order)

@@ -5,17 +5,21 @@ the cubes at the edges are smaller, every slice behind one straddles two, and ma
 have few edges. Time and height are cut into blocks of nearly equal size (7 or 8 for an edge of 8, never a rest of 2); a
 rod is one block of each by the whole width, walked column by column. Rods follow each other in a snake, each walked in
 the opposite direction of the one before, so that a slice that holds the end of one and the beginning of the next is
-compact too. Slices are walked again along thinner rods, so that runs of 16, whose means are scored, span frames too.
-With a step in time as half a step in space, mean squared distances from the centre on 21x30x52 are 4.3 in slices of 128
-(in cubes of 8x4x4 36.7, alone 3.8) and 1.2 in runs (4x2x2 alone 0.8; runs in one frame 2.2).
+compact too. Slices are walked again along rods of all their frames, but of few rows: 16 queries in a row, whose mean is
+scored, are then one or two places in the picture over all frames of the slice, and so are 16 keys, kept or dropped
+together. With a step in time as half a step in space, mean squared distances from the centre on 21x30x52 are 4.3 in
+slices of 128 (in cubes of 8x4x4 36.7, alone 3.8).
 
-Why: PSNR to dense at 0.3 / 0.15 kept of whole videos of two small trained models on one H100, means of 2 seeds (mini
-17x32x32 tokens, tiny 17x24x24; a token is 8x8 pixels of one frame). Time as a whole step, rods of 8 frames at most and
-runs of 1x4x4: mini 31.0 / 24.9, tiny 40.8 / 32.0; time as half, rods of up to 16: 31.2 / 25.4, 41.7 / 32.3; only runs
-of 3x2 instead: 31.3 / 25.1, 41.2 / 32.2; both: 31.8 / 25.8, 42.7 / 33.3; with 4x2: 32.0 / 25.9, 42.9 / 33.6. Time as a
-quarter makes the same rods there. Latent models such as Wan compress time 4 times and space 16, so that their step in
-time holds about twice the motion; they are not measured. On 21x30x52 rods are 7x4, where a whole step gave 5x4 and 6x4:
-little depends on it there.
+Why: PSNR to dense of whole videos of two small trained models on one H100 (mini 17x32x32 tokens, tiny 17x24x24; a token
+is 8x8 pixels of one frame). Runs of 16 by frames and rows, in rods of 9x4, means of 4 videos at 0.3 / 0.15 kept: 4x2
+mini 32.6 / 27.6, tiny 45.2 / 34.5; **9x2 mini 32.8 / 28.4, tiny 46.1 / 35.8**; 9x1 32.6 / 28.2, 45.1 / 35.5; and with 2
+videos 1x4 before any of these (31.2 / 25.4 where 4x2 had 32.0 / 25.9).
+
+How much motion a step in time holds differs from model to model, so what a step in time counts as is an option. In both
+models here it is little, and rods through all frames are better still (17x3, counted as an eighth: mini 32.7 / 29.2,
+tiny 48.2 / 38.7; as a whole step: 32.4 / 27.7, 43.5 / 33.8). Latent models such as Wan compress time 4 times and space
+16, so that their step holds about ten times the motion of these, in tokens. They are not measured; half a step gives
+them rods of 7x4.
 
 Slices of 32 and 16 lie within a frame and are put in another sequence: those of one place in the frames follow each
 other through time. Attention for Hopper loads the union of what the slices of 128 queries keep, and slices agree most
@@ -31,9 +35,8 @@ import torch
 from torch import Tensor
 
 TIME = 0.5  # steps in height or width that a step in time counts as
-THICKEST = 16  # tokens in time
-RUN = (4, 2)  # edges in time and height of the rods within a slice: 16 consecutive queries are 4 x 2 x 2 tokens
-FLAT = (1, 4)  # the same where a slice lies within a frame
+ROWS = 2  # of the thinner rods within a slice
+FLAT_ROWS = 4  # the same where a slice lies within a frame
 ALONE = 64  # queries of the smallest slice that has a tile of attention to itself
 
 
@@ -44,7 +47,7 @@ def _lengths(size: int, edge: int) -> list[tuple[int, int]]:
     return [(length, blocks - longer), *([(length + 1, longer)] if longer else [])]
 
 
-def _spread(t: int, h: int, w: int, m: int, edges: tuple[int, int]) -> float:
+def _spread(t: int, h: int, w: int, m: int, edges: tuple[int, int], time: float) -> float:
     """Estimated mean squared distance of a query from the centre of its slice, times 12."""
     total = 0.0
     for thick, often in _lengths(t, edges[0]):
@@ -54,17 +57,22 @@ def _spread(t: int, h: int, w: int, m: int, edges: tuple[int, int]) -> float:
             ends = 2 * high**2 * columns / w if thick * high * w % m else 0.0
             if columns > w:
                 columns, high, ends = w, high * columns / w, 0.0
-            spread = TIME**2 * (thick**2 - 1) + high**2 - 1 + columns**2 - 1 + ends
+            spread = time**2 * (thick**2 - 1) + high**2 - 1 + columns**2 - 1 + ends
             total += often * times * thick * high * spread
     return total / (t * h)
 
 
+def rows_of_runs(m: int) -> int:
+    """Rows of the rods that slices of m are walked again along."""
+    return ROWS if m >= ALONE else FLAT_ROWS
+
+
 @functools.lru_cache(maxsize=64)
-def cross_section(t: int, h: int, w: int, m: int) -> tuple[int, int]:
+def cross_section(t: int, h: int, w: int, m: int, time: float = TIME) -> tuple[int, int]:
     """The edges in time and height of the rods that keep slices of m queries of a t x h x w grid most compact."""
-    thickest, (_, step) = (THICKEST, RUN) if m >= ALONE else (1, FLAT)
+    thickest, step = min(t, m) if m >= ALONE else 1, rows_of_runs(m)
     edges = [(thick, high) for thick in range(1, thickest + 1) for high in range(step, m // thick + 1, step)]
-    return min(edges, key=lambda pair: _spread(t, h, w, m, pair))
+    return min(edges, key=lambda pair: _spread(t, h, w, m, pair, time))
 
 
 def _blocks(size: int, edge: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, int]:
@@ -105,9 +113,9 @@ def _hilbert_rank(t: int, h: int, w: int, device: torch.device) -> Tensor:
     )
 
 
-def _rod_rank(t: int, h: int, w: int, m: int, device: torch.device) -> Tensor:
+def _rod_rank(t: int, h: int, w: int, m: int, time: float, device: torch.device) -> Tensor:
     """[t, h, w] numbers that sort the tokens along the rods, and within each slice of m along thinner ones."""
-    edges = cross_section(t, h, w, m)
+    edges = cross_section(t, h, w, m, time)
     row = torch.arange(h, device=device)
     column = torch.arange(w, device=device)
     i, first, thick, _ = (x.view(-1, 1, 1) if isinstance(x, Tensor) else x for x in _blocks(t, edges[0], device))
@@ -123,12 +131,10 @@ def _rod_rank(t: int, h: int, w: int, m: int, device: torch.device) -> Tensor:
     place = rods_before + along * thick * high + inner_t * high + inner_h
 
     # Within a slice the same again with thinner rods.
-    run_edges = RUN if m >= ALONE else FLAT
-    deep, runs = ((size + edge - 1) // edge for size, edge in zip((thick, high), run_edges, strict=True))
-    layer, run = inner_t * deep // thick, inner_h * runs // high
-    run = layer * runs + torch.where(layer % 2 == 1, runs - 1 - run, run)
+    rows = rows_of_runs(m)
+    run = inner_h * ((high + rows - 1) // rows) // high
     along = torch.where(run % 2 == 1, w - 1 - column, column)
-    rank = ((place // m * t * h + rod) * (THICKEST * h) + run) * w + along
+    rank = ((place // m * t * h + rod) * h + run) * w + along
     return (rank * t + inner_t) * h + inner_h
 
 
@@ -151,17 +157,40 @@ def _through_time(video: Tensor, t: int, h: int, w: int, m: int) -> Tensor:
 
 
 def query_order(
-    t: int, h: int, w: int, before: int, after: int, m: int, device: torch.device, curve: str = "rods"
-) -> Tensor:
+    t: int, h: int, w: int, before: int, after: int, m: int, device: torch.device, curve: str = "rods",
+    time: float = TIME,
+) -> Tensor:  # fmt: skip
     """int32 [before + t*h*w + after]: the token at each place of query order, for a video of t x h x w tokens.
 
     The video comes first; the ``before`` and ``after`` tokens (text) follow, so that they shift no slice. ``curve`` is
     "rods" (above) or "hilbert": the three-dimensional Hilbert curve through the smallest cube that holds the grid.
+    ``time``: the steps in height or width that a step in time counts as.
     """
-    rank = _rod_rank(t, h, w, m, device) if curve == "rods" else _hilbert_rank(t, h, w, device)
+    rank = _rod_rank(t, h, w, m, time, device) if curve == "rods" else _hilbert_rank(t, h, w, device)
     video = rank.flatten().argsort()
     if curve == "rods" and m < ALONE:
         video = _through_time(video, t, h, w, m)
     video = video + before
     text = torch.arange(before + after, device=device)
     return torch.cat([video, torch.where(text < before, text, text + t * h * w)]).to(torch.int32)
+
+
+_kept: dict[tuple, Tensor] = {}
+
+
+def kept_query_order(
+    t: int, h: int, w: int, before: int, after: int, m: int, device: torch.device, curve: str = "rods",
+    time: float = TIME,
+) -> Tensor:  # fmt: skip
+    """``query_order``, made once for each set of arguments: every layer of every step asks for the same.
+
+    What is kept lies in (pinned) host memory, 4 bytes a token, and a call is one copy. On the device it could not be
+    kept: what is allocated while a CUDA graph is prepared belongs to that graph.
+    """
+    key = (t, h, w, before, after, m, curve, time, device.type)
+    if key not in _kept:
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return query_order(t, h, w, before, after, m, device, curve, time)
+        order = query_order(t, h, w, before, after, m, torch.device("cpu"), curve, time)
+        _kept[key] = order.pin_memory() if device.type == "cuda" else order
+    return _kept[key].to(device, non_blocking=True, copy=True)

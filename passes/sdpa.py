@@ -242,7 +242,8 @@ class _Rewriter:
         if grid is None or not all(x.readable(graph) for x in (*grid, *text)):
             return None
         details["token_grid"] = "x".join(str(x.size) for x in grid)
-        key = (graph, at, settings.m, value(q).device, *(x.key for x in (*grid, *text)))
+        options = selector.order_options(settings)
+        key = (graph, at, settings.m, options, value(q).device, *(x.key for x in (*grid, *text)))
         if key not in self.orders:
             sizes = [x.read(graph, node) for x in grid]
             for part in (of_queries[:at], of_queries[at + 1 :]):
@@ -250,8 +251,7 @@ class _Rewriter:
                 for x in part:
                     total = add(graph, total, x.read(graph, node), node)
                 sizes.append(total)
-            curve = (selector.CURVES[settings.mask],) if settings.mask in selector.CURVES else ()
-            args = (*sizes, settings.m, value(q).device, *curve)
+            args = (*sizes, settings.m, value(q).device, *options)
             self.orders[key] = call(graph, torch.ops.fgattn.query_order.default, args, node)
         return self.orders[key]
 

@@ -6,12 +6,21 @@ import torch
 from torch.fx import Graph, Node
 
 from fg_inductor.kernels import ops
+from fg_inductor.kernels.query_order import TIME
 from fg_inductor.passes.graph import call, same, size_of, value
 from fg_inductor.passes.refusal import Refusal
 
 CURVES = {"dfs": "hilbert"}  # query order by selector; the others take rods
 # Selectors whose groups are runs of keys in query order. The others place their keys themselves.
 REORDERED = ("pooled", "observed")
+
+
+def order_options(settings) -> tuple:
+    """What ``query_order`` takes behind its device: nothing where it is as always, so that graphs are short to read."""
+    curve, time = CURVES.get(settings.mask, "rods"), settings.time_step
+    if time != TIME:
+        return curve, time
+    return () if curve == "rods" else (curve,)
 
 
 class Refused(Exception):

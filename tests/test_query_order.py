@@ -6,8 +6,10 @@ import math
 import pytest
 import torch
 
+from fg_inductor.kernels import ops
+from fg_inductor.kernels import query_order as module
 from fg_inductor.kernels.mask import SLICES
-from fg_inductor.kernels.query_order import ALONE, FLAT, RUN, THICKEST, TIME, cross_section, query_order
+from fg_inductor.kernels.query_order import ALONE, TIME, cross_section, query_order, rows_of_runs
 
 GRIDS = (  # t, h, w
     (21, 30, 52),  # Wan, 480p: divides by no cube
@@ -17,11 +19,6 @@ GRIDS = (  # t, h, w
     (33, 45, 80),  # HunyuanVideo, 720p
     (21, 52, 30),  # upright
 )
-
-
-def run_edges(m):
-    """Edges in time and height of the thinner rods that a slice of m is walked along."""
-    return RUN if m >= ALONE else FLAT
 
 
 def spread(video, grid, size):
@@ -44,10 +41,9 @@ def most_compact(m):
 
 def of_runs(grid, m):
     """Spread of the runs of 16 in endless thin rods as thick and high as those that the grid's blocks are cut into."""
-    total = 0.0
-    for (frames, thick), (rows, high) in itertools.product(
-        *(cut_twice(*sizes) for sizes in zip(grid, cross_section(*grid, m), run_edges(m), strict=False))
-    ):
+    total, (edge, rod) = 0.0, cross_section(*grid, m)
+    layers = cut_twice(grid[0], edge, edge), cut_twice(grid[1], rod, rows_of_runs(m))
+    for (frames, thick), (rows, high) in itertools.product(*layers):
         column = thick * high
         index = torch.arange(math.lcm(16, column))
         video = index // high % thick * high * len(index) + index % high * len(index) + index // column
@@ -67,11 +63,11 @@ def cut_twice(size, edge, thin_edge):
     return [(layer * layers.count(layer), layer) for layer in set(layers)]
 
 
-def order_of(grid, m, before=0, after=0):
-    return query_order(*grid, before, after, m, torch.device("cpu"))
+def order_of(grid, m, before=0, after=0, time=TIME):
+    return query_order(*grid, before, after, m, torch.device("cpu"), "rods", time)
 
 
-def by_walking(grid, m):
+def by_walking(grid, m, time=TIME):
     """The order, made by walking along the rods token by token."""
     t, h, w = grid
 
@@ -79,7 +75,7 @@ def by_walking(grid, m):
         return ranges[::-1] if back else ranges
 
     columns, walk, rod = range(w), [], 0
-    edges = cross_section(t, h, w, m)
+    edges = cross_section(t, h, w, m, time)
     for i, frames in enumerate(cut(t, edges[0])):
         for rows in snake(cut(h, edges[1]), i % 2):
             walk += [(rod, frames, rows, (a, b, c)) for c in snake(columns, rod % 2) for a in frames for b in rows]
@@ -88,13 +84,8 @@ def by_walking(grid, m):
     for start in range(0, len(walk), m):
 
         def key(item):
-            rod, frames, rows, (a, b, c) = item
-            thin = [
-                (layer, part)
-                for i, layer in enumerate(cut(len(frames), run_edges(m)[0]))
-                for part in snake(cut(len(rows), run_edges(m)[1]), i % 2)
-            ]
-            run = next(i for i, (layer, part) in enumerate(thin) if a - frames[0] in layer and b - rows[0] in part)
+            rod, _, rows, (a, b, c) = item
+            run = next(i for i, part in enumerate(cut(len(rows), rows_of_runs(m))) if b - rows[0] in part)
             return rod, run, w - 1 - c if run % 2 else c, a, b
 
         order += [a * h * w + b * w + c for *_, (a, b, c) in sorted(walk[start : start + m], key=key)]
@@ -122,6 +113,20 @@ def test_order_is_the_walk(grid, m):
     assert order_of(grid, m).tolist() == by_walking(grid, m)
 
 
+@pytest.mark.parametrize("m", [64, 128])
+@pytest.mark.parametrize("time", [0.1, 3.0])
+@pytest.mark.parametrize("grid", [(5, 13, 6), (9, 4, 11), (17, 5, 9)], ids=str)
+def test_the_walk_by_what_a_step_in_time_counts_as(grid, time, m):
+    assert order_of(grid, m, time=time).tolist() == by_walking(grid, m, time)
+
+
+def test_rods_reach_as_far_in_time_as_it_counts():
+    edges = [cross_section(21, 30, 52, 128, time)[0] for time in (4.0, 1.0, TIME, 0.25, 0.1)]
+    assert edges == sorted(edges) and edges[0] < edges[2] < edges[-1] == 21
+    # Slices within a frame have no time.
+    assert order_of((5, 14, 22), 16, time=0.1).equal(order_of((5, 14, 22), 16, time=4.0))
+
+
 @pytest.mark.parametrize("before, after", [(0, 11), (3, 0), (100, 77)])
 def test_text_comes_after_the_video(before, after):
     grid, video = (3, 5, 7), 105
@@ -139,9 +144,8 @@ def test_slices_are_compact(grid, m):
     assert torch.equal(video.sort().values, torch.arange(math.prod(grid)))
     assert spread(video, grid, m).mean() < 1.25 * of_box(most_compact(m))
     assert spread(video, grid, m).max() < 5 * of_box(most_compact(m))  # none joins opposite edges
-    # A box of RUN, which 1.5 stood before, is no measure where blocks are no multiples of it: 7x4 tokens are cut into
-    # layers of 3 and 4 frames, 3 rows into rods of 2 and 1, and 16 tokens are no whole number of columns of 3x2 (1.52
-    # boxes in slices of 128 of 13x30x45, 1.71 in those of 64 of 21x30x52). So the ideal is cut like that too.
+    # A box is no measure of runs: 3 rows are cut into rods of 2 and 1, and 16 tokens are no whole number of columns of
+    # 7x2. So the ideal is cut like that too.
     assert spread(video, grid, 16).mean() < 1.4 * of_runs(grid, m)
 
 
@@ -151,7 +155,7 @@ def test_a_grid_that_divides_is_cut_into_boxes(m, boxes):
     grid = tuple(edge * count for edge, count in zip(box, boxes, strict=True))
     video = order_of(grid, m).long()
     assert (spread(video, grid, m) <= of_box(box)).all()
-    thick, high = min(RUN[0], box[0]), RUN[1]
+    thick, high = box[0], min(rows_of_runs(m), 16 // box[0])
     run = of_box((thick, high, 16 // (thick * high)))
     assert torch.equal(spread(video, grid, 16), torch.full((len(video) // 16,), run, dtype=torch.double))
 
@@ -161,7 +165,7 @@ def test_a_grid_that_divides_is_cut_into_boxes(m, boxes):
 def test_the_estimate_chooses_well(grid, m, monkeypatch):
     """The chosen cross-section is within a tenth of the best that there is."""
     found = {}
-    thickest, step = THICKEST if m >= ALONE else 1, run_edges(m)[1]
+    thickest, step = min(grid[0], 24) if m >= ALONE else 1, rows_of_runs(m)
     for edges in [(a, b) for a in range(1, thickest + 1) for b in range(step, min(m // a, 24) + 1, step)]:
         monkeypatch.setattr("fg_inductor.kernels.query_order.cross_section", lambda *_, edges=edges: edges)
         found[edges] = spread(order_of(grid, m).long(), grid, m).mean().item()
@@ -196,3 +200,64 @@ def test_tokens_behind_the_last_whole_slice_stay_there(m):
     assert order[105:].tolist() == [0, 1, 2, 3, 109, 110]
     # The walk along the rods ends in the last frame.
     assert all(token >= 4 + 70 for token in order[105 - rest : 105].tolist())
+
+
+# The operator
+
+
+@pytest.fixture
+def made(monkeypatch):
+    """The orders that are made, not kept from before."""
+    found = []
+
+    def noted(*args):
+        found.append(args)
+        return query_order(*args)
+
+    monkeypatch.setattr(module, "query_order", noted)
+    monkeypatch.setattr(module, "_kept", {})
+    return found
+
+
+def test_the_operator_makes_an_order_once(made):
+    cpu = torch.device("cpu")
+    arguments = [
+        (3, 5, 7, 0, 0, 128),
+        (3, 5, 7, 2, 0, 128),
+        (3, 5, 7, 0, 2, 128),
+        (3, 7, 5, 0, 0, 128),
+        (3, 5, 7, 0, 0, 64),
+    ]
+    options = [("rods", TIME), ("rods", 0.1), ("hilbert", TIME)]
+    for sizes, option in [(sizes, options[0]) for sizes in arguments] + [(arguments[0], x) for x in options[1:]]:
+        for _ in range(2):
+            assert torch.equal(ops.query_order(*sizes, cpu, *option), query_order(*sizes, cpu, *option))
+    assert len(made) == len(arguments) + 2
+
+
+def test_what_is_kept_is_nobody_elses(made):
+    first = ops.query_order(3, 5, 7, 0, 0, 128, torch.device("cpu"))
+    expected = first.clone()
+    first.zero_()
+    assert torch.equal(ops.query_order(3, 5, 7, 0, 0, 128, torch.device("cpu")), expected) and len(made) == 1
+
+
+@pytest.mark.gpu
+def test_an_order_in_a_cuda_graph(made):
+    """One that is kept is copied at each replay; one that is not is made by the graph."""
+    device = torch.device("cuda")
+    ops.query_order(3, 5, 7, 0, 0, 128, device)
+    graph, orders = torch.cuda.CUDAGraph(), []
+    with torch.cuda.graph(graph):
+        orders += [ops.query_order(3, 5, width, 0, 0, 128, device) for width in (7, 9)]
+    for order in orders:
+        order.zero_()
+    graph.replay()
+    for order, width in zip(orders, (7, 9), strict=True):
+        assert order.tolist() == order_of((3, 5, width), 128).tolist()
+
+
+@pytest.mark.parametrize("time", [0.0, -1.0, math.inf, math.nan])
+def test_time_counts(time):
+    with pytest.raises(ValueError, match="more than none"):
+        ops.query_order(3, 5, 7, 0, 0, 128, torch.device("cpu"), "rods", time)

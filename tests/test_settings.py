@@ -1,6 +1,7 @@
 """Options: what is accepted, in which type, and what a refusal says."""
 
 import dataclasses
+import math
 
 import numpy as np
 import pytest
@@ -19,6 +20,7 @@ ACCEPTED = [
     ("slice", "64x1", "64x1"),
     ("token_grid", [2, np.int64(3), 4], (2, 3, 4)),
     ("token_grid", None, None),
+    ("time_step", 2, 2.0),
     ("dense_first", 0, 0.0),
     ("dense_first", 1, 1.0),
     ("refresh", "every 16", "every 16"),
@@ -66,6 +68,9 @@ REFUSED = [
     ("fgattn.min_seq", True, "must be a number of tokens, 0 or more; got True"),
     ("fgattn.min_seq", -1, "must be a number of tokens, 0 or more; got -1"),
     ("fgattn.token_grid", (1, 2), "must be (T, H, W)"),
+    ("fgattn.time_step", 0, "must be a positive number"),
+    ("fgattn.time_step", math.inf, "must be a positive number"),
+    ("fgattn.time_step", True, "must be a positive number"),
     ("fgattn.token_grid", (True, 2, 3), "must be (T, H, W)"),
     ("fgattn.token_grid", "atuo", "must be (T, H, W)"),
     ("fgattn.reduce", "mean", "must be one of 'sum', 'max'; got 'mean'"),

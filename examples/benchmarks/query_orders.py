@@ -1,12 +1,11 @@
 """Which query order keeps a video closest to dense attention: whole videos by the constants of the order.
 
     python examples/benchmarks/query_orders.py --weights FOLDER/mini_dit.safetensors --side 256 --steps 20 \\
-        --order 1,8,1x4 0.5,16,4x2 0.5,16,4x4 --slice auto 128x8 --tail none pooled --json orders.json
+        --order 1,2 0.5,2 0.125,2 --slice auto 128x8 --tail none pooled --json orders.json
 
-An order is TIME,THICKEST,RUN as in ``kernels/query_order.py``: the steps in height or width that a step in time counts
-as, frames that a rod holds at most, and the edges in time and height of the runs of 16. The other arguments are those
-of ``examples/quality.py``, whose model and sampling this uses. Records go to --json as they are made, so that several
-processes can each take a part (--part 0/4).
+An order is TIME,ROWS as in ``kernels/query_order.py``: the steps in height or width that a step in time counts as, and
+the rows of the runs of 16. The other arguments are those of ``examples/quality.py``, whose model and sampling this
+uses. Records go to --json as they are made, so that several processes can each take a part (--part 0/4).
 """
 
 import os
@@ -30,31 +29,31 @@ from fg_inductor.kernels import query_order
 
 
 class Order(NamedTuple):
-    """The constants of ``kernels.query_order``."""
+    """What ``kernels.query_order`` makes an order by."""
 
     time: float
-    thickest: int
-    run: tuple[int, int]
+    rows: int
 
-    def use(self) -> None:
-        query_order.TIME, query_order.THICKEST, query_order.RUN = self
+    def use(self) -> dict:
+        """Take the rows over, and return the options."""
+        query_order.ROWS = self.rows
         query_order.cross_section.cache_clear()
+        query_order._kept.clear()
+        return {"fgattn.time_step": self.time}
 
     def __str__(self) -> str:
-        time, thickest, run = self
-        return f"a step in time counts as {time:g}, rods of {thickest} frames at most, runs of {run[0]} x {run[1]}"
+        return f"a step in time counts as {self.time:g}, runs of {self.rows} rows"
 
 
-IN_USE = Order(query_order.TIME, query_order.THICKEST, query_order.RUN)
+IN_USE = Order(query_order.TIME, query_order.ROWS)
 
 
 def parse_order(text: str) -> Order:
-    """Of "0.5,16,4x2"."""
-    found = re.fullmatch(r"([0-9.]+),(\d+),(\d+)x(\d+)", text)
+    """Of "0.5,2"."""
+    found = re.fullmatch(r"([0-9.]+),(\d+)", text)
     if not found:
-        raise argparse.ArgumentTypeError(f"{text!r} is not TIME,THICKEST,RUN, such as 0.5,16,4x2")
-    time, thickest, *run = found.groups()
-    return Order(float(time), int(thickest), tuple(map(int, run)))
+        raise argparse.ArgumentTypeError(f"{text!r} is not TIME,ROWS, such as 0.5,2")
+    return Order(float(found[1]), int(found[2]))
 
 
 def main() -> None:
@@ -68,8 +67,8 @@ def main() -> None:
     head["model"] = f"{name}, {args.frames}x{args.side}x{args.side}, {args.steps} steps"
     records = []
     for order, mask_slice, tail, density in tqdm(cases[part::of], desc="settings"):
-        order.use()
-        options = quality.options_of("means", density, args) | {"fgattn.slice": mask_slice, "fgattn.tail": tail}
+        options = quality.options_of("means", density, args) | order.use()
+        options |= {"fgattn.slice": mask_slice, "fgattn.tail": tail}
         found = list(quality.against(dense, model, options, args))
         psnr = [row["psnr_db"] for row in found]
         record = {
@@ -84,7 +83,7 @@ def main() -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--order", nargs="+", type=parse_order, default=[IN_USE], metavar="TIME,THICKEST,RUN")
+    parser.add_argument("--order", nargs="+", type=parse_order, default=[IN_USE], metavar="TIME,ROWS")
     parser.add_argument("--slice", nargs="+", default=["auto"], metavar="MxN")
     parser.add_argument("--tail", nargs="+", choices=["none", "pooled"], default=["none"])
     parser.add_argument("--density", type=float, nargs="+", default=[0.15, 0.3])
