@@ -94,6 +94,16 @@ def test_order_follows_its_first_use():
     assert [node.args[5] for node in done.calls(ops.attention)] == [order] * 2
 
 
+def test_what_a_step_in_time_counts_as_reaches_the_order():
+    x = inputs()
+    (order,) = run_pass(Model(), x, time_step=0.125).calls(ops.query_order)
+    assert order.args[-2:] == ("rods", 0.125)
+    (order,) = run_pass(Model(), x, time_step=0.5).calls(ops.query_order)
+    assert order.args[-1] == torch.device("cpu")
+    (order,) = run_pass(Model(), x, mask="dfs", time_step=0.125).calls(ops.query_order)
+    assert order.args[-2:] == ("hilbert", 0.125)
+
+
 def two_grids(x, a, b):
     return F.scaled_dot_product_attention(x, x, x) + a.view(3, 4, 6, 1).sum() + b.view(4, 3, 6, 1).sum()
 
