@@ -9,9 +9,9 @@ For each --slice and --density a row for each kind of "work":
     other step   all that another step adds to attention by the stored mask
     drift        the same where each layer decides for itself (refresh="drift X"): its sample of the kept mass included
 
-"of dense" is the share of cuDNN's dense attention, timed before and after each row. Queries, keys and values are random,
-in BSHD storage, in sets that fill the L2 cache twice. The last two kinds take the device some microseconds, and Python
-longer: they are timed as a CUDA graph of many.
+"of dense" is the share of cuDNN's dense attention, timed before and after each row. Queries, keys and values are
+random, in BSHD storage, in sets that fill the L2 cache twice. The last two kinds take the device some microseconds, and
+Python longer: they are timed as a CUDA graph of many.
 """
 
 import argparse
