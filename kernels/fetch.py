@@ -5,7 +5,7 @@
 
 Which mask follows which is what it was the last time, whatever the graphs are: one for the whole model, or one for all
 its blocks. It decides when a copy is made and never what is in it: a copy is used where its mask has not been written
-since, else it is made anew. Imports torch only.
+since, else it is made anew, and a mask whose writes are not seen is never copied ahead. Imports torch only.
 """
 
 import threading
@@ -60,9 +60,8 @@ class Prefetcher:
             _count("fetched when needed" if copy is None else "fetched ahead")
             if copy is None:
                 copy = self._transfers.copy(block)
-            follower = self._follower(block)
-            # A captured graph writes unseen; a mask that follows itself is written between.
-            if follower is not None and follower is not block and not follower.unseen:
+            block.out, follower = True, self._follower(block)
+            if follower is not None and not (follower.out or follower.unseen):
                 self._ahead = _Ahead(weakref.ref(follower), follower.writes, *self._transfers.begin(follower))
             return copy
 
@@ -122,20 +121,18 @@ def launch(mask: Tensor, ahead: bool) -> Tensor:
     block = host_memory.find(mask)
     if block is None:
         return mask.clone(memory_format=torch.contiguous_format)
-    with torch.cuda.device(mask.device):
-        if torch.cuda.is_current_stream_capturing():
-            block.unseen = True
-            return copy_now(block)
-        return _prefetcher(mask.device).fetch(block) if ahead else copy_now(block)
+    if torch.cuda.is_current_stream_capturing():
+        block.unseen = True
+        return copy_now(block)
+    return _prefetcher(mask.device).fetch(block) if ahead else copy_now(block)
 
 
 def wrote(mask: Tensor) -> None:
     """Take note that work in the current stream writes a mask: call it behind the launch."""
     block = host_memory.find(mask)
     if block is not None:
-        block.writes += 1
-        with torch.cuda.device(mask.device):
-            block.unseen |= torch.cuda.is_current_stream_capturing()
+        block.wrote()
+        block.unseen |= torch.cuda.is_current_stream_capturing()
 
 
 def forget() -> None:

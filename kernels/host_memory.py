@@ -20,15 +20,21 @@ class Block:
     """The memory behind a CUDA tensor. The storage of the tensor holds it, and nothing else does.
 
     pinned  the memory as a CPU tensor
-    writes  how often it may have been written
+    writes  how often it was written
+    out     it was fetched, and is yet to be put back; where code was made functional it is put back into another tensor
+            and copied from there, so that it stays out
     unseen  a captured CUDA graph uses it, which writes it without a word when it is replayed
     """
 
     def __init__(self, pinned: Tensor, device: torch.device):
         self.pinned, self.device = pinned, device
         self.writes = 0
-        self.unseen = False
-        weakref.finalize(self, _let_go, pinned, device).atexit = False
+        self.out = self.unseen = False
+
+    def wrote(self) -> None:
+        """It was put back."""
+        self.writes += 1
+        self.out = False
 
     @property
     def __cuda_array_interface__(self) -> dict[str, Any]:
@@ -37,7 +43,7 @@ class Block:
 
 
 # Address -> what lies there. A block goes with its tensor, so that an address which comes back is another block.
-_blocks: "weakref.WeakValueDictionary[int, Block]" = weakref.WeakValueDictionary()
+blocks: "weakref.WeakValueDictionary[int, Block]" = weakref.WeakValueDictionary()
 
 
 def zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
@@ -47,25 +53,26 @@ def zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
     try:
         with torch.cuda.device(device):
             block = Block(torch.zeros(shape, dtype=torch.int32, pin_memory=True), device)
+            weakref.finalize(block, _let_go, block.pinned, device).atexit = False
             result = torch.as_tensor(block, device=device)
     except RuntimeError as error:
         raise _refusal(shape, device, str(error)) from error
     if result.device != device or result.data_ptr() != block.pinned.data_ptr():
         raise _refusal(shape, device, f"PyTorch made a copy at {result.data_ptr():#x} on {result.device}")
-    _blocks[result.data_ptr()] = block
+    blocks[result.data_ptr()] = block
     return result
 
 
 def find(x: Tensor) -> Block | None:
     """The block behind the whole of a tensor; None where it is an ordinary one."""
-    block = _blocks.get(x.data_ptr())
+    block = blocks.get(x.data_ptr())
     return block if block is not None and block.pinned.shape == x.shape and x.is_contiguous() else None
 
 
 def _refusal(shape: tuple[int, ...], device: torch.device, reason: str) -> RuntimeError:
     size = 4 * torch.Size(shape).numel()
     return RuntimeError(
-        f"fgattn: fgattn.state_memory='host' needs {size / 1e6:.3g} MB of pinned host memory that {device} can address, "
+        f"fgattn: fgattn.state_memory='host' needs {size / 1e6:.3g} MB of pinned host memory that {device} addresses, "
         f"for the mask {tuple(shape)}: {reason}. Use fgattn.state_memory='device', or free host memory."
     )
 

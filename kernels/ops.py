@@ -252,6 +252,10 @@ def _fetch(fetch):
     return run
 
 
+def _fetch_cpu(mask, ahead):
+    return reference_observed.fetch(mask)
+
+
 def _fetch_cuda(mask, ahead):
     from fg_inductor.kernels import fetch
 
@@ -273,15 +277,19 @@ def _put_back(put_back):
     return run
 
 
+def _put_back_cpu(mask, staged, due):
+    reference_observed.put_back(mask, staged, due)
+
+
 def _put_back_cuda(mask, staged, due):
     from fg_inductor.kernels import put_back
 
     put_back.launch(mask, staged.contiguous(), due)
 
 
-torch.library.impl("fgattn::fetch", "CPU", _fetch(lambda mask, ahead: reference_observed.fetch(mask)))
+torch.library.impl("fgattn::fetch", "CPU", _fetch(_fetch_cpu))
 torch.library.impl("fgattn::fetch", "CUDA", _fetch(_fetch_cuda))
-torch.library.impl("fgattn::put_back_", "CPU", _put_back(reference_observed.put_back))
+torch.library.impl("fgattn::put_back_", "CPU", _put_back(_put_back_cpu))
 torch.library.impl("fgattn::put_back_", "CUDA", _put_back(_put_back_cuda))
 
 
