@@ -12,7 +12,7 @@ from test_fetch import Transfers
 from torch._dynamo.utils import counters
 
 import fg_inductor
-from fg_inductor import state
+from fg_inductor import forms, state
 from fg_inductor.kernels import fetch, host_memory, reference_observed
 from fg_inductor.kernels.fetch import Prefetcher
 from fg_inductor.kernels.host_memory import Block
@@ -161,6 +161,18 @@ def test_state_bytes_bound_the_device():
     assert row.to_dict()["settings"]["state_memory"] == "host"
 
 
+@pytest.mark.parametrize(("memory", "mode", "told"), [
+    ("device", "default", (False, True)), ("host", "default", (True, True)), ("host", "reduce-overhead", (True, False)),
+])  # fmt: skip
+def test_nothing_is_copied_ahead_where_cuda_graphs_replay(memory, mode, told, monkeypatch):
+    seen = []
+    monkeypatch.setattr(forms, "add_state", lambda *args: seen.append(args[3:]) or add_state(*args))
+    model = compile_whole(Guided(1), {**OBSERVED, "mode": mode, "fgattn.state_memory": memory})
+    with torch.no_grad(), fg_inductor.denoising(model):
+        model(tokens(), tokens(1))
+    assert seen == [told]
+
+
 def test_memory_that_can_not_be_had_is_an_error(monkeypatch):
     def fail(shape, device):
         raise RuntimeError("fgattn: no memory")
@@ -189,7 +201,9 @@ class TestGraph(TestCase):
         return texts[0]
 
     def test_copies_around_a_site(self):
-        self.assertExpectedInline(self.text(host=True), """\
+        self.assertExpectedInline(
+            self.text(host=True),
+            """\
 %0 = linear(in0, in1, None)
 %1 = .unflatten(%0, -1, (2, -1))
 %2 = .transpose(%1, 1, 2)
@@ -209,10 +223,13 @@ class TestGraph(TestCase):
 %16 = .transpose(%15, 1, 2)
 %17 = .flatten(%16, 2)
 %18 = linear(%17, in4, None)
-return (%18)""")
+return (%18)""",
+        )
 
     def test_replayed_and_drifting(self):
-        self.assertExpectedInline(self.text(bound=0.1, stats=True, host=True, ahead=False), """\
+        self.assertExpectedInline(
+            self.text(bound=0.1, stats=True, host=True, ahead=False),
+            """\
 %0 = linear(in0, in1, None)
 %1 = .unflatten(%0, -1, (2, -1))
 %2 = .transpose(%1, 1, 2)
@@ -233,7 +250,8 @@ return (%18)""")
 %17 = .flatten(%16, 2)
 %18 = linear(%17, in4, None)
 %19 = fgattn.kept_density.default(in5, None, 128, 128, 16, 8)
-return (%18, %19)""")
+return (%18, %19)""",
+        )
 
 
 # On a GPU
