@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import _disable_current_modes
 
 
 class Block:
@@ -52,7 +53,7 @@ def zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
         return torch.zeros(shape, dtype=torch.int32, device=device)
     try:
         with torch.cuda.device(device):
-            block = Block(torch.zeros(shape, dtype=torch.int32, pin_memory=True), device)
+            block = Block(torch.zeros(shape, dtype=torch.int32, device="cpu", pin_memory=True), device)
             weakref.finalize(block, _let_go, block.pinned, device).atexit = False
             result = torch.as_tensor(block, device=device)
     except RuntimeError as error:
@@ -82,7 +83,7 @@ def _let_go(pinned: Tensor, device: torch.device) -> None:
 
     PyTorch reuses pinned memory behind the copies that it knows of. It knows of no kernel, so it is shown a copy.
     """
-    with torch.cuda.device(device):
+    with _disable_current_modes(), torch.cuda.device(device):  # it may go while a graph is traced
         if not torch.cuda.is_current_stream_capturing():
             first = pinned.flatten()[:1]
             torch.empty_like(first, device=device, pin_memory=False).copy_(first, non_blocking=True)
