@@ -1,8 +1,6 @@
-"""Masks in host memory: the copies that are begun ahead, the copy back, and the memory itself."""
+"""Masks fetched from host memory, the next one ahead: by fakes that show what is read too early or not waited for."""
 
-import contextlib
 import gc
-import importlib.util
 import random
 import threading
 import weakref
@@ -11,7 +9,7 @@ import pytest
 import torch
 from torch._dynamo.utils import counters
 
-from fg_inductor.kernels import fetch, host_memory, ops, reference_observed
+from fg_inductor.kernels import fetch, host_memory, ops
 from fg_inductor.kernels.fetch import Prefetcher
 from fg_inductor.kernels.host_memory import Block
 
@@ -205,26 +203,7 @@ def test_two_threads():
     assert not wrong
 
 
-# The operators
-
-
-kernels = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton")
-
-
-@kernels
-@pytest.mark.parametrize("due", [True, False])
-@pytest.mark.parametrize("words", [1, 3, 4, 4096, 4100, 129 * 4096 + 8], ids=str)  # the last: a program's second block
-def test_put_back(words, due, device):
-    """As the reference does, and not a word beyond."""
-    from fg_inductor.kernels import put_back
-
-    around = torch.full((words + 8,), 7, dtype=torch.int32, device=device)
-    mask, staged = around[4:-4], torch.arange(words, dtype=torch.int32, device=device)
-    expected = mask.clone()
-    reference_observed.put_back(expected, staged, torch.tensor(due, device=device))
-    put_back.launch(mask, staged, torch.tensor(due, device=device))
-    assert torch.equal(mask, expected) and torch.equal(mask, staged) == due
-    assert (around[:4] == 7).all() and (around[-4:] == 7).all()
+# The operator
 
 
 def test_fetch_is_a_copy():
@@ -233,26 +212,6 @@ def test_fetch_is_a_copy():
     assert torch.equal(copy, mask) and copy.is_contiguous()
     copy.fill_(-1)
     assert (mask >= 0).all()
-
-
-@pytest.mark.parametrize("capturing", [False, True])
-@kernels
-def test_writes_are_noted(capturing, monkeypatch):
-    """Behind the launch, and whether a CUDA graph will repeat them unseen."""
-    from fg_inductor.kernels import put_back
-
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: capturing)
-    mask, block = torch.zeros(4, dtype=torch.int32), Mask()
-    monkeypatch.setitem(host_memory.blocks, mask.data_ptr(), block)
-    launched = []
-
-    class Kernel:
-        def __getitem__(self, grid):
-            return lambda *args, **kwargs: launched.append(block.writes)
-
-    monkeypatch.setattr(put_back, "_put_back", Kernel())
-    put_back.launch(mask, mask.clone(), torch.tensor(True))
-    assert launched == [0] and (block.writes, block.unseen) == (1, capturing)
 
 
 def test_what_is_captured_is_not_learned(monkeypatch):
@@ -276,98 +235,9 @@ def test_what_is_captured_is_not_learned(monkeypatch):
     assert not transfers.log and a.unseen
 
 
-ERRORS = {
-    "mask-dtype": ({"mask": torch.zeros(2, 4)}, "mask must be int32, got torch.float32"),
-    "mask-strides": ({"mask": torch.zeros(4, 2).int().mT}, r"mask must be contiguous, but has strides \(1, 2\)"),
-    "staged-shape": ({"staged": torch.zeros(2, 3).int()}, r"staged .* of mask, torch.int32 \(2, 4\) .* \(2, 3\)"),
-    "staged-rank": ({"staged": torch.zeros(8).int()}, r"staged must be .* \(8,\) on cpu"),
-    "staged-dtype": ({"staged": torch.zeros(2, 4)}, "staged must be what fetch gave of mask, .* got torch.float32"),
-    "staged-device": ({"staged": torch.zeros(2, 4, device="meta").int()}, "staged must be .* on meta"),
-    "due-number": ({"due": torch.tensor(1)}, r"due must be a bool scalar on cpu, got torch.int64 \(\)"),
-    "due-vector": ({"due": torch.ones(1).bool()}, r"due must be a bool scalar .* \(1,\)"),
-}
-
-
-@pytest.mark.parametrize(("changes", "message"), ERRORS.values(), ids=ERRORS)
-def test_put_back_errors(changes, message):
-    good = {"mask": torch.zeros(2, 4).int(), "staged": torch.ones(2, 4).int(), "due": torch.tensor(True)}
-    ops.put_back_(**good)
-    assert good["mask"].all()
-    with pytest.raises(ValueError, match=f"fgattn::put_back_: {message}"):
-        ops.put_back_(**good | changes)
-
-
 def test_fetch_error():
     with pytest.raises(ValueError, match=r"fgattn::fetch: mask must be int32, got torch\.float32"):
         ops.fetch(torch.zeros(3))
-
-
-# The memory
-
-
-def test_on_a_cpu_it_is_a_tensor():
-    mask = host_memory.zeros((2, 3), torch.device("cpu"))
-    assert mask.dtype == torch.int32 and not mask.any() and host_memory.find(mask) is None
-
-
-@pytest.mark.parametrize(
-    ("pinned", "reason"),
-    [(None, "out of memory"), (torch.zeros(2, 3, dtype=torch.int32), "PyTorch made a copy at 0x.* on cpu")],
-    ids=["no-memory", "no-alias"],
-)
-def test_memory_that_can_not_be_had(pinned, reason, monkeypatch):
-    def zeros(*args, **kwargs):
-        if pinned is None:
-            raise RuntimeError("CUDA error: out of memory")
-        return pinned
-
-    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    monkeypatch.setattr(torch, "zeros", zeros)
-    monkeypatch.setattr(torch, "as_tensor", lambda *args, **kwargs: torch.ones(2, 3))
-    with pytest.raises(RuntimeError, match=rf"state_memory='host' needs 2.4e-05 MB .* \(2, 3\): .*{reason}.*Use fgatt"):
-        host_memory.zeros((2, 3), torch.device("cuda:0"))
-
-
-@pytest.mark.gpu
-def test_one_memory_seen_from_both_sides():
-    device = torch.device("cuda", torch.cuda.current_device())
-    before = torch.cuda.memory_allocated()
-    mask = host_memory.zeros((3, 1000, 1000), device)
-    block = host_memory.find(mask)
-    assert torch.cuda.memory_allocated() == before
-    assert mask.device == device and mask.data_ptr() == block.pinned.data_ptr() and block.pinned.is_pinned()
-    mask.add_(torch.arange(1000, dtype=torch.int32, device=device))
-    torch.cuda.synchronize()
-    assert (block.pinned == torch.arange(1000)).all()
-    block.pinned.fill_(5)
-    assert (mask == 5).all() and host_memory.find(mask[1:]) is None
-    gone = weakref.ref(block)
-    del block
-    view = mask[1:]
-    del mask
-    assert gone() is not None and (view == 5).all()  # the storage holds it
-    del view
-    assert gone() is None
-
-
-@pytest.mark.gpu
-def test_memory_that_is_still_written_is_not_given_away():
-    """A kernel that is yet to run writes a mask that is gone: whoever asks for pinned memory gets another."""
-    from fg_inductor.kernels import put_back
-
-    device = torch.device("cuda", torch.cuda.current_device())
-    shape = (1 << 18,)
-    mask, staged = host_memory.zeros(shape, device), torch.full(shape, 7, dtype=torch.int32, device=device)
-    due = torch.tensor(True, device=device)
-    put_back.launch(mask, staged, due)  # compiled
-    torch.cuda.synchronize()
-    torch.cuda._sleep(2_000_000_000)
-    put_back.launch(mask, staged, due)
-    del mask
-    others = [torch.zeros(shape, dtype=torch.int32, pin_memory=True) for _ in range(3)]
-    torch.cuda.synchronize()
-    assert not any(x.any() for x in others)
 
 
 @pytest.mark.gpu
@@ -409,29 +279,4 @@ def test_an_address_that_comes_back():
     again = held[-1]
     assert again.data_ptr() == address
     assert not ops.fetch(again).any()
-    fetch.forget()
-
-
-@pytest.mark.gpu
-def test_captured_by_a_cuda_graph():
-    """A replay reads and writes the mask where it lies, and what is fetched outside of it is what it has written."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    a, b = (host_memory.zeros((1 << 20,), device) for _ in range(2))
-    due = torch.tensor(True, device=device)
-
-    def step():
-        for mask in (a, b):
-            ops.put_back_(mask, ops.fetch(mask) + 1, due)
-
-    for _ in range(2):
-        step()  # now a copy of a is under way
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        step()
-    for told in (True, False, True):
-        due.fill_(told)
-        graph.replay()
-    assert (ops.fetch(a) == 4).all() and (ops.fetch(b) == 4).all()
-    graph.replay()
-    assert (ops.fetch(a) == 5).all() and (ops.fetch(b) == 5).all()
     fetch.forget()
