@@ -186,7 +186,7 @@ def check_observed(
 
 
 def check_fetch(op: str, mask: Tensor) -> None:
-    """A mask of any shape that may lie in host memory, where it is one piece."""
+    """The mask that ``fetch`` and ``put_back_`` take, of any shape."""
     if mask.dtype != torch.int32:
         fail(op, f"mask must be int32, got {mask.dtype}.")
 
