@@ -58,7 +58,7 @@ def fgattn(
         meter = Meter(density.add_outputs(gm)) if settings.stats and rewritten else None
         stages = [StageForms(gm, [])]
         if varies and rewritten:
-            stages = stages_of(gm, original, example_inputs, rows, settings, graph_id)
+            stages = stages_of(gm, original, example_inputs, rows, settings, graph_id, ahead=not replays(patches))
             if settings.mask == "observed":
                 rows = [note_stateless(row, stages[0].observed[0]) for row in rows]
                 state.say_reasons(settings, stages[0].observed[0])

@@ -112,8 +112,12 @@ def stages_of(
     rows: list[Row],
     settings: Settings,
     graph: str,
+    ahead: bool = True,
 ) -> list[StageForms]:
-    """The forms of a graph. ``gm`` is the first of them, rewritten, ``original`` the graph before."""
+    """The forms of a graph. ``gm`` is the first of them, rewritten, ``original`` the graph before.
+
+    ahead: masks in host memory may be fetched ahead, as nothing replays the graph.
+    """
 
     stages, chosen = settings.stages, frozenset(row.site.index for row in rows if row.site.rewritten)
 
@@ -128,17 +132,17 @@ def stages_of(
         return other
 
     def with_state(of: Settings) -> Stateful:
-        return _with_state(form(of), example_inputs, rows, settings, graph)
+        return _with_state(form(of), example_inputs, rows, settings, graph, ahead)
 
     return [StageForms(form(stage), [with_state(level) for level in stage.levels]) for _, stage in stages]
 
 
 def _with_state(
-    gm: GraphModule, example_inputs: Sequence[Any], rows: list[Row], settings: Settings, graph_id: str
+    gm: GraphModule, example_inputs: Sequence[Any], rows: list[Row], settings: Settings, graph_id: str, ahead: bool
 ) -> Stateful:
     """A rewritten graph with state. An error of the pass is a reason to go without, unless ``strict``."""
     try:
-        return add_state(gm, example_inputs, settings.drift)
+        return add_state(gm, example_inputs, settings.drift, settings.state_memory == "host", ahead)
     except Exception as error:
         if settings.strict:
             raise

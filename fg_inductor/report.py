@@ -62,7 +62,8 @@ class Row:
             kept = f"{self.settings.m}x{self.held.n}"
             size = f"{self.held.bytes / 1e6:.3g} MB at {kept}"
             why = " for fgattn.state_bytes" if kept != site.slice else ""
-            held = f"masks held: {size}{why}, {self.held.refreshes} refreshes"
+            where = " in host memory" if self.settings.state_memory == "host" else ""
+            held = f"masks held{where}: {size}{why}, {self.held.refreshes} refreshes"
         notes = "; ".join(filter(None, (reason, *found, held, self.note)))
         density = "" if self.density is None else f"{self.density:.3f}"
         return (

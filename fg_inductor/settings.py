@@ -124,6 +124,12 @@ class Settings:
         read_bytes,
         "bound on the bytes of observed masks; they are kept by larger key groups where they exceed it",
     )
+    state_memory: str = _option(
+        "device",
+        one_of("device", "host"),
+        "where observed masks lie: 'device', or 'host': pinned host memory, from which they are copied one layer ahead "
+        "(`docs/denoising.md`); `fgattn.state_bytes` does not count them there",
+    )
     when: str = _option(
         "auto",
         one_of(*WHENS),
@@ -260,7 +266,8 @@ class Settings:
         if self.mask != "observed":
             return ()
         largest = 16 if self.slice == "auto" else self.n
-        coarser = [n for n in GROUPS if n > largest] if self.state_bytes else []
+        bounded = self.state_bytes and self.state_memory == "device"
+        coarser = [n for n in GROUPS if n > largest] if bounded else []
         return (self, *(dataclasses.replace(self, slice=f"{self.m}x{n}") for n in coarser))
 
     @property

@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import TensorWeakRef
 
 from fg_inductor.denoising import Call, Run
+from fg_inductor.kernels import fetch, host_memory
 from fg_inductor.passes.state import Stateful
 from fg_inductor.settings import Settings
 
@@ -64,6 +65,7 @@ _budgets: dict[Settings, "_Budget"] = {}
 
 def forget(model: nn.Module | None = None) -> None:
     """Free the masks of a model, or all of them."""
+    fetch.forget()
     if model is None:
         for known in (_entries, _flags, _problems, _said, _budgets):
             known.clear()
@@ -119,7 +121,7 @@ class _Budget:
 
     def fits(self, call: Call, keeper: "Keeper", args: tuple) -> bool:
         """Take note of a call, and choose ``level``. False where even the largest groups need too much."""
-        if self.settings.state_bytes is None:
+        if self.settings.state_bytes is None or self.settings.state_memory == "host":
             return True
         needs, key = self._needs.setdefault(call.model, {}), (keeper.graph, call.branch)
         sizes, forms = keeper.sizes(args), keeper.forms[0]
@@ -218,7 +220,10 @@ class Keeper:
             del _entries[dead]
         device = site.mask.device
         with torch.inference_mode(False):
-            mask = torch.zeros(shape, dtype=torch.int32, device=device)
+            if self.settings.state_memory == "host":
+                mask = host_memory.zeros(shape, device)
+            else:
+                mask = torch.zeros(shape, dtype=torch.int32, device=device)
             drift = None if self.settings.drift is None else torch.zeros(3, dtype=torch.float32, device=device)
         _entries[key] = _Entry(TensorWeakRef(weight), mask, drift, self.graph, site.index, site.n)
         _count("made", 1)

@@ -188,6 +188,27 @@ def check_observed(
     _check_state(op, q, mask, ("due", due), drift)
 
 
+def check_fetch(op: str, mask: Tensor) -> None:
+    """The mask that ``fetch`` and ``put_back_`` take, of any shape."""
+    if mask.dtype != torch.int32:
+        fail(op, f"mask must be int32, got {mask.dtype}.")
+
+
+def check_put_back(mask: Tensor, staged: Tensor, due: Tensor) -> None:
+    """The arguments of ``put_back_``."""
+    op = "put_back_"
+    check_fetch(op, mask)
+    same = staged.dtype == mask.dtype and staged.device == mask.device and staged.dim() == mask.dim()
+    if not same or any(map(_differ, staged.shape, mask.shape)):
+        fail(
+            op,
+            f"staged must be what fetch gave of mask, {mask.dtype} {_shape(mask)} on {mask.device}, got {staged.dtype} "
+            f"{_shape(staged)} on {staged.device}.",
+        )
+    if due.dtype != torch.bool or due.dim() != 0 or due.device != mask.device:
+        fail(op, f"due must be a bool scalar on {mask.device}, got {due.dtype} {_shape(due)} on {due.device}.")
+
+
 def joined_density(op: str, density: float | None, head_density) -> float | list[float] | None:
     """How much to keep by ``density`` or by ``head_density``: a number for all heads, or a list of one for each."""
     if head_density is None:

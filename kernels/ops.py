@@ -14,8 +14,10 @@ from fg_inductor.kernels.checks import (
     check_attention,
     check_begin,
     check_dfs,
+    check_fetch,
     check_observed,
     check_order,
+    check_put_back,
     check_ranges,
     check_reorder,
     check_select,
@@ -36,6 +38,8 @@ SCHEMAS = {
     "update_observed_": "(Tensor q, Tensor k, Tensor lse, Tensor(a!) mask, Tensor? key_bias, Tensor? order, "
     "float scale, int m, int n, str reduce, float top_p, float? density, float max_density, SymInt[] dense_keys, "
     "SymInt[] dense_queries, SymInt min_seq, Tensor due, Tensor(b!)? drift=None, float[]? head_density=None) -> ()",
+    "fetch": "(Tensor mask, bool ahead=True) -> Tensor",
+    "put_back_": "(Tensor(a!) mask, Tensor staged, Tensor due) -> ()",
     "attention": "(Tensor q, Tensor k, Tensor v, Tensor mask, Tensor? key_bias, Tensor? order, float scale, "
     'int m, int n, str tail, SymInt min_seq, str kernel_name="auto") -> (Tensor out, Tensor lse)',
     "attention_backward": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor mask, "
@@ -229,6 +233,64 @@ torch.library.impl("fgattn::begin_observed_", "CPU", _begin_observed(reference_o
 torch.library.impl("fgattn::begin_observed_", "CUDA", _begin_observed(_begin_observed_cuda))
 torch.library.impl("fgattn::update_observed_", "CPU", _update_observed(reference_observed.update_observed))
 torch.library.impl("fgattn::update_observed_", "CUDA", _update_observed(_update_observed_cuda))
+
+
+# fetch, put_back_: a mask in host memory, around what stands before and behind the attention of a step
+
+
+@torch.library.register_fake("fgattn::fetch")
+def _fetch_fake(mask, ahead=True):
+    check_fetch("fetch", mask)
+    return torch.empty_like(mask, memory_format=torch.contiguous_format)
+
+
+def _fetch(fetch):
+    def run(mask, ahead=True):
+        check_fetch("fetch", mask)
+        return fetch(mask, ahead)
+
+    return run
+
+
+def _fetch_cpu(mask, ahead):
+    return reference_observed.fetch(mask)
+
+
+def _fetch_cuda(mask, ahead):
+    from fg_inductor.kernels import fetch
+
+    return fetch.launch(mask, ahead)
+
+
+@torch.library.register_fake("fgattn::put_back_")
+def _put_back_fake(mask, staged, due):
+    check_put_back(mask, staged, due)
+
+
+def _put_back(put_back):
+    def run(mask, staged, due):
+        check_put_back(mask, staged, due)
+        if not mask.is_contiguous():
+            fail("put_back_", f"mask must be contiguous, but has strides {mask.stride()}.")
+        put_back(mask, staged, due)
+
+    return run
+
+
+def _put_back_cpu(mask, staged, due):
+    reference_observed.put_back(mask, staged, due)
+
+
+def _put_back_cuda(mask, staged, due):
+    from fg_inductor.kernels import put_back
+
+    put_back.launch(mask, staged.contiguous(), due)
+
+
+torch.library.impl("fgattn::fetch", "CPU", _fetch(_fetch_cpu))
+torch.library.impl("fgattn::fetch", "CUDA", _fetch(_fetch_cuda))
+torch.library.impl("fgattn::put_back_", "CPU", _put_back(_put_back_cpu))
+torch.library.impl("fgattn::put_back_", "CUDA", _put_back(_put_back_cuda))
 
 
 # attention
@@ -454,6 +516,8 @@ for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
 select_pooled = torch.ops.fgattn.select_pooled.default
 begin_observed_ = torch.ops.fgattn.begin_observed_.default
 update_observed_ = torch.ops.fgattn.update_observed_.default
+fetch = torch.ops.fgattn.fetch.default
+put_back_ = torch.ops.fgattn.put_back_.default
 attention = torch.ops.fgattn.attention.default
 query_order = torch.ops.fgattn.query_order.default
 reorder = torch.ops.fgattn.reorder.default

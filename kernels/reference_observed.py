@@ -156,3 +156,14 @@ def update_observed(
     if drift is not None:
         drift[:2] = kept_mass(q, k, mask, *shape)
         drift[2] += 1
+
+
+def fetch(mask: Tensor) -> Tensor:
+    """A copy of a mask in the memory of its device; the mask may lie in host memory (``kernels.host_memory``)."""
+    return mask.clone(memory_format=torch.contiguous_format)
+
+
+def put_back(mask: Tensor, staged: Tensor, due: Tensor) -> None:
+    """Write ``staged``, what became of a copy of ``mask``, into it where ``due`` says so."""
+    if due:
+        mask.copy_(staged)

@@ -8,6 +8,10 @@ mask and refresh are new inputs, with ``bound`` also what its drift is told by. 
 calls the compiled graph owns it: one graph serves all the layers that share its code. The inputs are marked as static
 addresses, so that CUDA graphs update the state where it lies instead of copying it. Whether to refresh is a value on
 the device: no guard, no recompile. Where it is, attention is dense, and its lse is what the masses are made with.
+
+With the masks in host memory the operators are given copies on the device:
+
+    staged = fetch(mask);   ...the same with staged in place of mask...;   put_back_(mask, staged, due)
 """
 
 import operator
@@ -55,8 +59,15 @@ class Stateful:
     reasons: dict[int, str] = field(default_factory=dict)
 
 
-def add_state(gm: GraphModule, example_inputs: list[Any], bound: float | None = None) -> Stateful:
-    """Give the sites of a rewritten graph state, in place. ``bound``: on the fall of the mass that a mask keeps."""
+def add_state(
+    gm: GraphModule, example_inputs: list[Any], bound: float | None = None, host: bool = False, ahead: bool = True
+) -> Stateful:
+    """Give the sites of a rewritten graph state, in place.
+
+    bound  on the fall of the mass that a mask keeps
+    host   the masks lie in host memory
+    ahead  each of them may be fetched while the one before is in use: not where CUDA graphs replay the fetch
+    """
     program, result = Program(gm), Stateful(gm)
     inputs = [node for node in gm.graph.nodes if node.op == "placeholder"]
     found = []
@@ -103,15 +114,22 @@ def add_state(gm: GraphModule, example_inputs: list[Any], bound: float | None = 
         q, k, *shape = (given[name] for name in ("q", "k", "key_bias", "order", "scale", "m", "n"))
         names = ("reduce", "top_p", "density", "max_density", "dense_keys", "dense_queries")
         selection = [given.get(name, "sum" if name == "reduce" else None) for name in names]
+        staged = mask
         with gm.graph.inserting_before(select):
+            if host:
+                staged = call(gm.graph, ops.fetch, (mask, ahead), node)
             flag = flags[value(node.args[0]).device]
-            arguments = (q, k, mask, *shape, given["min_seq"], flag, drift, bound)
+            arguments = (q, k, staged, *shape, given["min_seq"], flag, drift, bound)
             due = call(gm.graph, ops.begin_observed_, arguments, node, cast, uncast=(drift,))
         with gm.graph.inserting_before(node.next):
             lse = call(gm.graph, operator.getitem, (node, 1), node)
             by_head = given.get("head_density")
-            arguments = (q, k, lse, mask, *shape, *selection, given["min_seq"], due, drift, by_head)
+            arguments = (q, k, lse, staged, *shape, *selection, given["min_seq"], due, drift, by_head)
             call(gm.graph, ops.update_observed_, arguments, node, cast, uncast=(lse, drift))
+            if host:
+                call(gm.graph, ops.put_back_, (mask, staged, due), node)
+        # Densities are outputs, formed at the end of the graph: reading the mask where it lies lets the copy go.
+        select.replace_all_uses_with(staged, delete_user_cb=lambda user: user.target is not ops.kept_density)
         select.replace_all_uses_with(mask)
         gm.graph.erase_node(select)
     gm.graph.lint()

@@ -66,6 +66,8 @@ def _every_call(case, dtype, wanted):
         ("keep_dense", ops.keep_dense, (mask, order, q.shape[2], k.shape[2], m, n, *ranges.values())),
         ("begin_observed_", ops.begin_observed_, begin),
         ("update_observed_", ops.update_observed_, (*observed, torch.tensor(True), drift.clone(), by_head)),
+        ("fetch", ops.fetch, (mask.clone(), False)),
+        ("put_back_", ops.put_back_, (mask.clone(), torch.ones_like(mask), torch.tensor(True))),
         ("attention", ops.attention, attention),
         ("attention_backward", torch.ops.fgattn.attention_backward.default, backward),
         ("kept_density", ops.kept_density, (mask, key_bias, case.queries, case.keys, m, n)),
@@ -88,8 +90,8 @@ def test_opcheck(name, case, dtype, wanted):
 @problems
 def test_fake_equals_real(case, dtype, wanted, min_seq):
     for name, op, arguments in _every_call(case, dtype, wanted):
-        if name == "update_observed_":
-            continue  # returns nothing
+        if name in ("update_observed_", "put_back_"):
+            continue  # return nothing
         if name in ("select_pooled", "attention", "attention_backward"):
             arguments = (*arguments[:-1], min_seq)
         with FakeTensorMode() as mode:
@@ -274,9 +276,11 @@ def test_symbolic_sizes_get_no_guard(tail):
         refresh = mode.from_tensor(torch.tensor(True))
         selection = ("sum", 0.9, None, 1.0, *ranges.values(), 4096)
         shape = (key_bias, order, 0.1, 16, 8)
-        due = ops.begin_observed_(q, k, mask, *shape, 4096, refresh, mode.from_tensor(torch.zeros(3)), 0.1)
-        out, lse = ops.attention(q, k, v, mask, *shape, tail, 4096)
-        ops.update_observed_(q, k, lse, mask, *shape, *selection, due)
+        staged = ops.fetch(mask)
+        due = ops.begin_observed_(q, k, staged, *shape, 4096, refresh, mode.from_tensor(torch.zeros(3)), 0.1)
+        out, lse = ops.attention(q, k, v, staged, *shape, tail, 4096)
+        ops.update_observed_(q, k, lse, staged, *shape, *selection, due)
+        ops.put_back_(mask, staged, due)
         dq, *_ = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
         ops.kept_density(mask, key_bias, q.shape[2], k.shape[2], 16, 8)
         ops.query_order(q.shape[0], q.shape[1], q.shape[2], 0, k.shape[2], 16, torch.device("cpu"))
