@@ -7,6 +7,8 @@ from fg_inductor.bench import observed
 from fg_inductor.bench.common import Timing
 from fg_inductor.kernels import ops
 
+WORK = ["refresh", "of it, mask", "other step", "drift", "fetch", "put back"]
+
 
 @pytest.fixture
 def timed(monkeypatch):
@@ -28,7 +30,7 @@ def test_what_each_step_does_to_the_mask():
     found = observed.steps((q, k, v), mask, 128, 8, 0.25)
     first = mask.clone()
     assert ops.kept_density(mask, None, 256, 256, 128, 8).item() == pytest.approx(0.25)
-    for work in ("other step", "drift"):
+    for work in ("other step", "drift", "fetch", "put back"):
         found[work](-q, k, v)
         assert torch.equal(mask, first), work
     found["of it, mask"](-q, k, v)
@@ -41,8 +43,8 @@ def test_rows(timed):
     args = observed.parse(["--slice", "128x8", "64x1", "--density", "0.5"])
     args.preset = "small"
     found = list(observed.rows(args, "cpu"))
-    assert [row["work"] for row in found] == ["refresh", "of it, mask", "other step", "drift"] * 2
-    assert [row["slice"] for row in found] == ["128x8"] * 4 + ["64x1"] * 4
+    assert [row["work"] for row in found] == [*WORK, *WORK]
+    assert [row["slice"] for row in found] == ["128x8"] * 6 + ["64x1"] * 6
     assert all(row["of dense"] == 1.0 and row["shape"] == [1, 2, 256, 16] for row in found)
 
 

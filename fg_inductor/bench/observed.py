@@ -8,6 +8,8 @@ For each --slice and --density a row for each kind of "work":
     of it, mask  the masses and the choice alone
     other step   all that another step adds to attention by the stored mask
     drift        the same where each layer decides for itself (refresh="drift X"): its sample of the kept mass included
+    fetch        the copy of a mask that lies in host memory (state_memory="host"), where attention waits for it
+    put back     and what writes it there again
 
 "of dense" is the share of cuDNN's dense attention, timed before and after each row. Queries, keys and values are
 random, in BSHD storage, in sets that fill the L2 cache twice. The last two kinds take the device some microseconds, and
@@ -35,7 +37,7 @@ from fg_inductor.bench.common import (
     show,
     where,
 )
-from fg_inductor.kernels import ops
+from fg_inductor.kernels import host_memory, ops
 from fg_inductor.kernels.mask import slice_count, word_count
 
 COLUMNS = ["work", "slice", "density", "median_ms", "baseline_ms", "of dense"]
@@ -98,7 +100,7 @@ def steps(qkv: tuple, mask: Tensor, m: int, n: int, density: float) -> dict[str,
     device, scale = q.device, q.shape[-1] ** -0.5
     order = ops.query_order(1, 1, q.shape[2], 0, 0, m, device)  # tokens are random: any order costs the same
     yes, no = (torch.tensor(flag, device=device) for flag in (True, False))
-    drift = torch.zeros(3, device=device)
+    drift, there = torch.zeros(3, device=device), host_memory.zeros(mask.shape, device)
     choice = ("sum", 1.0, density, 1.0, [], [], 0)
 
     def begin(q, k, flag, *more):
@@ -123,6 +125,8 @@ def steps(qkv: tuple, mask: Tensor, m: int, n: int, density: float) -> dict[str,
         "of it, mask": lambda q, k, v: update(q, k, lse, yes),
         "other step": lambda q, k, v: update(q, k, lse, begin(q, k, no)),
         "drift": lambda q, k, v: update(q, k, lse, begin(q, k, no, drift, NEVER), drift),
+        "fetch": lambda q, k, v: ops.fetch(there, False),
+        "put back": lambda q, k, v: ops.put_back_(there, mask, yes),
     }
 
 
