@@ -18,6 +18,7 @@ from fg_inductor.option_values import (
     one_of,
     read_by_head,
     read_bytes,
+    read_count,
     read_density,
     read_flag,
     read_grid,
@@ -114,7 +115,14 @@ class Settings:
     state_bytes: int | None = _option(
         None,
         read_bytes,
-        "bound on the bytes of observed masks; they are kept by larger key groups where they exceed it",
+        "bound on the bytes of observed masks; they are kept by larger key groups where they exceed it, and at last "
+        "shared by heads",
+    )
+    heads_per_mask: int = _option(
+        1,
+        read_count,
+        "heads for each observed mask: of 12 heads, those that agree most share 6 masks with 2, 3 with 4; decided at "
+        "each refresh",
     )
     when: str = _option(
         "auto",
@@ -248,12 +256,16 @@ class Settings:
 
     @property
     def levels(self) -> tuple["Settings", ...]:
-        """These, and with ``state_bytes`` in larger and larger key groups: as observed masks may be kept."""
+        """As observed masks may be kept: these settings alone; with ``state_bytes`` in larger and larger key groups
+        too, and where those are the largest with a mask for two heads, and for four.
+        """
         if self.mask != "observed":
             return ()
         largest = 16 if self.slice == "auto" else self.n
         coarser = [n for n in GROUPS if n > largest] if self.state_bytes else []
-        return (self, *(dataclasses.replace(self, slice=f"{self.m}x{n}") for n in coarser))
+        levels = [self, *(dataclasses.replace(self, slice=f"{self.m}x{n}") for n in coarser)]
+        shared = [heads for heads in (2, 4) if heads > self.heads_per_mask] if self.state_bytes else []
+        return (*levels, *(dataclasses.replace(levels[-1], heads_per_mask=heads) for heads in shared))
 
     @property
     def drift(self) -> float | None:

@@ -40,6 +40,7 @@ class _Entry:
     stage: int = 0  # and in which stage of the density
     call: Call | None = None  # that used it last
     refreshes: int = 0  # told by the host
+    slots: Tensor | None = None  # which of the masks each head has, where heads share them
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Held:
     bytes: int = 0
     n: int = 0  # keys in a group; 0 without a mask
     refreshes: int = 0  # how often one was observed
+    heads: int = 0  # of each site, and
+    masks: int = 0  # how many masks they share
 
 
 # (path and index of the site, settings, level of the budget, id of the weight, branch) -> its mask
@@ -75,7 +78,11 @@ def held(graph: str, site: int) -> Held:
     found = [e for e in _entries.values() if (e.graph, e.site) == (graph, site)]
     refreshes = sum(e.refreshes if e.drift is None else int(e.drift[2]) for e in found)
     size = sum(e.mask.numel() * e.mask.element_size() for e in found)
-    return Held(size, found[0].n if found else 0, refreshes)
+    if not found:
+        return Held()
+    masks = found[0].mask.shape[1]
+    heads = masks if found[0].slots is None else found[0].slots.shape[1]
+    return Held(size, found[0].n, refreshes, heads, masks)
 
 
 def problem(graph: str) -> str:
@@ -127,7 +134,9 @@ class Keeper:
             return None  # DDP's graph splitter runs compiled code for its shapes
         budget = _budgets.setdefault(self.settings, Budget(self.settings, _let_go))
         if not budget.fits(call, self, args):
-            _problems[self.graph] = "stateless: fgattn.state_bytes does not hold the masks, however large the groups"
+            _problems[self.graph] = (
+                "stateless: fgattn.state_bytes does not hold the masks, however large the groups, or few"
+            )
             return None
         form = self.forms[stage][budget.level]
         entries = [
@@ -148,6 +157,7 @@ class Keeper:
                 entry.refreshes += 1
         _count("refreshed" if due else "reused", len(entries))
         state = [entry.mask for entry in entries]
+        state += [entry.slots for entry in entries if entry.slots is not None]
         state += [entry.drift for entry in entries if entry.drift is not None]
         return budget.level, [*state, *(_flag(device, due) for device in form.devices)]
 
@@ -165,7 +175,8 @@ class Keeper:
         with torch.inference_mode(False):
             mask = torch.zeros(shape, dtype=torch.int32, device=device)
             drift = None if self.settings.drift is None else torch.zeros(3, dtype=torch.float32, device=device)
-        _entries[key] = _Entry(TensorWeakRef(weight), mask, drift, self.graph, site.index, site.n)
+            slots = None if site.slots is None else mask.new_zeros(shape[0], site.slots.shape[1])
+        _entries[key] = _Entry(TensorWeakRef(weight), mask, drift, self.graph, site.index, site.n, slots=slots)
         _count("made", 1)
         return _entries[key]
 

@@ -1,4 +1,4 @@
-"""The bound on the bytes of observed masks, ``fgattn.state_bytes``: by which key groups they are kept within it."""
+"""The bound on the bytes of observed masks, ``fgattn.state_bytes``: in which form they are kept within it."""
 
 import collections
 import logging
@@ -20,11 +20,11 @@ log = logging.getLogger(__name__)
 
 
 class Budget:
-    """Which of the sizes of key groups keeps the masks of all models with the same settings within ``state_bytes``.
+    """Which of ``settings.levels`` keeps the masks of all models with the same settings within ``state_bytes``.
 
     What they need is known before it is allocated: the layers that share a graph are counted by the names of their
     weights. A branch of guidance counts from its first call on; masks that are then held too finely are let go, and
-    observed anew in larger groups.
+    observed anew: in larger groups, at last with fewer masks than heads.
 
     let_go  frees the masks of these settings that are kept by less than a level
     """
@@ -34,7 +34,7 @@ class Budget:
         self._needs: WeakKeyDictionary[nn.Module, dict[tuple, list[int]]] = WeakKeyDictionary()
 
     def fits(self, call: Call, keeper: "Keeper", args: tuple) -> bool:
-        """Take note of a call, and choose ``level``. False where even the largest groups need too much."""
+        """Take note of a call, and choose ``level``. False where even the last level needs too much."""
         if self.settings.state_bytes is None:
             return True
         needs, key = self._needs.setdefault(call.model, {}), (keeper.graph, call.branch)
@@ -50,10 +50,12 @@ class Budget:
             while self.level < len(forms) - 1 and self._total() > self.settings.state_bytes:
                 self.level += 1
                 self._let_go(self.settings, self.level)
+                level = self.settings.levels[self.level]
                 log.info(
-                    "fgattn.state_bytes=%d: observed masks are kept by %s",
+                    "fgattn.state_bytes=%d: observed masks are kept by %s%s",
                     self.settings.state_bytes,
-                    self.settings.levels[self.level].slice,
+                    level.slice,
+                    f", {level.heads_per_mask} heads a mask" if level.heads_per_mask > 1 else "",
                 )
         return self._total() <= self.settings.state_bytes
 
