@@ -25,9 +25,9 @@ CASES = (
     Case("max", reduce="max", **FOUR | {"queries": 20, "keys": 100}),
     Case("m16-few-queries", m=16, **FOUR | {"queries": 20}),  # slices without a query in the sample
     Case("gqa", **FOUR | {"kv_heads": 2}),
-    Case("batch-ordered", batch=2, ordered=True, **FOUR | {"queries": 300, "keys": 100}),
+    Case("batch-ordered", batch=2, ordered=True, **FOUR | {"queries": 150, "keys": 70}),
     Case("single-keys", n=1, keys=150, m=128, **FOUR),
-    Case("whole-blocks", n=128, keys=700, m=128, **FOUR | {"density": 0.5}),
+    Case("whole-blocks", n=128, keys=400, m=128, **FOUR | {"density": 0.5, "queries": 20}),
     Case("padding", batch=2, keys=420, bias="padding", **FOUR),  # masked for all heads
     Case("entry", batch=2, bias="entry", **FOUR),  # one without mass
     Case(
@@ -214,7 +214,7 @@ def test_kernels(case, dtype, device, poison):
 
 
 @kernels
-@cases
+@pytest.mark.parametrize("case", [CASES[i] for i in (0, 3, 4, 8, 11)], ids=str)
 def test_kernels_find_the_agreement(case, device, poison):
     """Above the diagonal, and nothing else is read."""
     from fg_inductor.kernels import observe, observe_heads
@@ -357,7 +357,7 @@ def drift_by_kernels(q, k, mask, slots, rest, refresh, drift, bound):
 @pytest.mark.parametrize("run", [step, pytest.param(drift_by_kernels, marks=kernels)])
 def test_drift(run, device, poison):
     """What is sampled of a head is what the mask of its slot keeps."""
-    case = replace(CASES[5], batch=1)
+    case = replace(CASES[5], batch=1, m=16, spread=4.0)
     q, k, rest = agreeing(case, device=device)
     (mask, slots), drift = state(case, 2, device), torch.zeros(3, device=device)
     yes, no = (torch.tensor(x, device=device) for x in (True, False))

@@ -242,7 +242,9 @@ class TestGraph(TestCase):
         (found,) = stateful
         assert not found.reasons and not found.unshared
         assert [tuple(x.shape) for x in found.inputs] == [(1, 2, 5, 4), (1, 4), (3,), ()]
-        self.assertExpectedInline(graph_text(found.gm), """\
+        self.assertExpectedInline(
+            graph_text(found.gm),
+            """\
 %0 = linear(in0, in1, None)
 %1 = .unflatten(%0, -1, (4, -1))
 %2 = .transpose(%1, 1, 2)
@@ -261,7 +263,8 @@ class TestGraph(TestCase):
 %15 = .transpose(%14, 1, 2)
 %16 = .flatten(%15, 2)
 %17 = linear(%16, in4, None)
-return (%17)""")
+return (%17)""",
+        )
 
 
 @pytest.mark.gpu

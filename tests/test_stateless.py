@@ -114,7 +114,7 @@ def test_stateless_with_a_reason(make, reason, caplog):
 
 
 def test_an_error_of_the_pass_is_a_reason(monkeypatch, caplog):
-    def fail(gm, example_inputs, bound):
+    def fail(*arguments):
         raise KeyError("a defect")
 
     monkeypatch.setattr(forms, "add_state", fail)
