@@ -22,7 +22,7 @@ FOUR = {"heads": 4, "kv_heads": 4, "density": 0.25, "queries": 70}
 CASES = (
     Case("density", **FOUR),
     Case("top-p", **FOUR | {"density": None}),
-    Case("max", reduce="max", **FOUR | {"queries": 20, "keys": 100}),
+    Case("max", reduce="max", n=1, **FOUR | {"queries": 20}, keys=100),
     Case("m16-few-queries", m=16, **FOUR | {"queries": 20}),  # slices without a query in the sample
     Case("gqa", **FOUR | {"kv_heads": 2}),
     Case("batch-ordered", batch=2, ordered=True, **FOUR | {"queries": 150, "keys": 70}),
@@ -39,7 +39,7 @@ CASES = (
         dense_queries=(140, 150),
         **FOUR | {"queries": 200, "keys": 100},
     ),
-    Case("forty", **FOUR | {"heads": 40, "kv_heads": 40, "queries": 40}, keys=100),  # two tiles of heads
+    Case("forty", n=1, **FOUR | {"heads": 40, "kv_heads": 40, "queries": 40}, keys=100),  # two tiles of heads
 )
 cases = pytest.mark.parametrize("case", CASES, ids=str)
 
