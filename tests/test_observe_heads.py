@@ -32,12 +32,11 @@ CASES = (
     Case("entry", batch=2, bias="entry", **FOUR),  # one without mass
     Case(
         "ranges",
-        n=16,
         bias="float",
         ordered=True,
-        dense_keys=(0, 10, 90, 100),
-        dense_queries=(140, 150),
-        **FOUR | {"queries": 200, "keys": 100},
+        dense_keys=(0, 3, 97, 100),
+        dense_queries=(140, 141),
+        **FOUR | {"queries": 200, "density": 0.5, "keys": 100},
     ),
     Case("forty", n=1, **FOUR | {"heads": 40, "kv_heads": 40, "queries": 40}, keys=100),  # two tiles of heads
 )
@@ -89,6 +88,7 @@ AGREEMENTS = {  # upper triangles by rows; how many masks; the slots
     "mean-not-the-best": ([[10, 9, 0], [1, 0], [6]], 2, [0, 0, 1, 1]),
     "mean-not-the-worst": ([[10, 7, 0], [5.5, 0], [6]], 2, [0, 0, 0, 1]),
     "mean-over-heads": ([[10, 9, 2, 0], [9, 2, 0], [8, 0], [4.5]], 2, [0, 0, 0, 1, 1]),  # and not over clusters
+    "into-a-lower-head": ([[0, 9, 4], [10, 0], [0]], 2, [0, 0, 0, 1]),
     "ties": ([[5, 5, 5], [5, 5], [5]], 2, [0, 0, 0, 1]),
     "nothing-in-common": ([[0, 0], [0]], 2, [0, 0, 1]),
     "numbered-by-the-lowest": ([[1, 1, 1, 1], [1, 1, 9], [8, 1], [1]], 3, [0, 1, 2, 2, 1]),
@@ -239,6 +239,27 @@ def test_kernels_find_the_agreement(case, device, poison, monkeypatch):
     pairs = side[:, None] < side
     found = parts.sum(1)[:, : case.heads, : case.heads]
     torch.testing.assert_close(found[:, pairs].double(), exact[:, pairs], rtol=1e-4, atol=1e-4)
+
+
+@kernels
+def test_what_is_not_finite_agrees_with_nothing(device, poison):
+    from fg_inductor.kernels import observe_heads
+
+    given = torch.rand(2 * 3, 2, 128, generator=torch.Generator().manual_seed(0))
+    given[:, 0, 3] = torch.tensor([torch.nan, 1, torch.inf, 1, 1, torch.inf])
+    given[:, :, 70:] = -1  # masked
+    mass = torch.empty(6, 2, 128, device=device)
+
+    def column_mass(mass, blocks, first, heads, slices):
+        mass.copy_(given)
+
+    due = torch.tensor(True, device=device)
+    parts = observe_heads.agreement_of(column_mass, mass, [range(2)], 2, 3, 1, due)
+    valid = torch.where(given == -1, 0, given).unflatten(0, (2, 3))
+    pairs = torch.ones(3, 3, dtype=torch.bool).triu(1)
+    exact = reference_heads.agreement(valid)
+    assert exact.isfinite().all()
+    torch.testing.assert_close(parts.sum(1)[:, :3, :3].cpu()[:, pairs], exact[:, pairs])
 
 
 @kernels
