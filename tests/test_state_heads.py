@@ -272,24 +272,25 @@ return (%17)""",
 @pytest.mark.parametrize("refresh", ["every 3", "drift 0.02"])
 def test_on_a_gpu(mode, refresh, device):
     """Every step as by the reference, replayed CUDA graphs included; nothing is recompiled."""
-    exact = with_twins(Stack(2, heads=4, dim=64)).to(device)
-    for block in exact.blocks:  # twins that differ by more than rounding, and by less than others do
-        block.to_q.weight.data += 0.02 * torch.randn_like(block.to_q.weight) * block.to_q.weight.std()
+    exact = with_twins(Stack(1, heads=4, dim=64)).to(device)
+    queries = exact.blocks[0].to_q.weight.data  # of twins that differ by more than rounding, and by less than others
+    queries += 0.02 * queries.std() * torch.randn_like(queries)
+    queries *= 3
     options = {**SHARED, "fgattn.inner": "inductor", "fgattn.refresh": refresh, "mode": mode}
     settings = Settings.parse({name: x for name, x in options.items() if name != "mode"})
     start = torch.randn(1, 1000, 256, device=device)
     with torch.no_grad():
         with EagerSchedule(exact, settings=settings, steps=8) as eager:
-            expected = [exact(start * (1 - 0.1 * i)) for i in range(8)]
+            expected = [exact(start * (1 - 0.05 * i)) for i in range(8)]
         model, actual = torch.compile(copy.deepcopy(exact), backend="fgattn", options=options, fullgraph=True), []
         with fg_inductor.denoising(model, steps=8) as run:
             for i in range(8):
                 torch.compiler.cudagraph_mark_step_begin()
                 with run.branch("only"), torch.compiler.set_stance("default" if i < 3 else "fail_on_recompile"):
-                    actual.append(model(start * (1 - 0.1 * i)).clone())
+                    actual.append(model(start * (1 - 0.05 * i)).clone())
                 run.step()
     assert counters["inductor"]["cudagraph_skips"] == 0
-    assert held_slots() == [[[0, 1, 1, 0]]] * 2
+    assert held_slots() == [[[0, 1, 1, 0]]]
     assert sum(row.held.refreshes for row in fg_inductor.report()) == eager.refreshes
     for i, (a, b) in enumerate(zip(actual, expected, strict=True)):
         assert (a - b).norm() / b.norm() < 0.02, i
