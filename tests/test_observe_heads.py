@@ -329,6 +329,21 @@ def test_expand_heads():
     assert torch.equal(reference_heads.expand_heads(mask, slots), expected)
 
 
+@pytest.mark.parametrize(
+    ("mask", "slots", "message"),
+    [
+        (torch.zeros(2, 1, 3, 4), torch.zeros(2, 4).int(), r"mask must be int32 \[B, K, T, W\], got torch.float32"),
+        (torch.zeros(2, 3, 4).int(), torch.zeros(2, 4).int(), r"mask must be int32 .* \(2, 3, 4\)"),
+        (torch.zeros(2, 1, 3, 4).int(), torch.zeros(1, 4).int(), r"\[B, Hq\] = \[2, 4\], but it is \(1, 4\)"),
+        (torch.zeros(1, 9, 1, 4).int(), torch.zeros(1, 8).int(), "9 masks for 8 heads"),
+        (torch.zeros(1, 9, 1, 4).int(), torch.zeros(1, 129).int(), "129 heads; at most 128 may share masks"),
+    ],
+)
+def test_expand_heads_refuses(mask, slots, message):
+    with pytest.raises(ValueError, match=f"fgattn::expand_heads: .*{message}"):
+        ops.expand_heads(mask, slots)
+
+
 def step(q, k, mask, slots, rest, refresh, drift=None, bound=None):
     """Begin, attend, update."""
     due = ops.begin_observed_(q, k, mask, *rest[:5], 0, refresh, drift, bound, slots)

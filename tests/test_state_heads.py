@@ -188,6 +188,29 @@ def test_state_bytes(compiled, budget, n, masks, caplog):
         assert eager.refreshes == 4
 
 
+def test_a_branch_that_comes_late_makes_heads_share():
+    """What the first one had is let go, and observed anew."""
+    model = compile_whole(four_heads(), {**OBSERVED, "fgattn.state_bytes": 2 * MASK, "fgattn.refresh": []})
+    with torch.no_grad(), fg_inductor.denoising(model) as run:
+        denoise([model], length=LONG, steps=3, after=lambda i: run.step())
+    assert totals() == {"made": 2 + 4, "refreshed": 6, "reused": 2 * 2 * 3 - 6}
+    assert {(row.held.n, row.held.masks) for row in fg_inductor.report()} == {(128, 2)}
+    assert sum(row.held.bytes for row in fg_inductor.report()) == 2 * MASK
+
+
+def test_state_bytes_with_symbolic_sizes():
+    """All forms are compiled at once, and another length finds the one that fits it."""
+    small = 4 * 10 * 4 * 4 // 4  # one mask of 160 tokens for four heads
+    exact, options = four_heads(), {**SHARED, "fgattn.state_bytes": 2 * small, "fgattn.refresh": "every 2"}
+    compiled = compile_whole(copy.deepcopy(exact), options)
+    kept = {**options, "fgattn.slice": "16x128", "fgattn.heads_per_mask": 4}
+    with torch.no_grad():
+        for length in (160, 112):
+            compare([compiled], [exact], kept, length=length, mark=1, branches=1, known=length == 112)
+    assert counters["stats"]["unique_graphs"] == 1 and totals()["made"] == 4
+    assert {(row.held.n, row.held.masks) for row in fg_inductor.report()} == {(128, 1)}
+
+
 @pytest.mark.parametrize(
     ("options", "levels"),
     [
