@@ -89,7 +89,8 @@ def _merge(due_ptr, part_ptr, slots_ptr, stride_sb, H, K, chunks, SIDE: tl.const
     owner = head  # the lowest head of the cluster of this one
     for _merged in range(H - K):
         there = pair & (size[:, None] > 0.0) & (size[None, :] > 0.0)
-        mean = tl.where(there, total / tl.maximum(size[:, None] * size[None, :], 1.0), -1.0)
+        # Rounded as IEEE says, so that equal means are equal, whatever their clusters' sizes.
+        mean = tl.where(there, tl.div_rn(total, tl.maximum(size[:, None] * size[None, :], 1.0)), -1.0)
         i = tl.argmax(tl.max(mean, 1), 0)
         j = tl.argmax(tl.sum(tl.where(a == i, mean, 0.0), 0), 0)
         row = tl.sum(tl.where(a == j, total, 0.0), 0)
