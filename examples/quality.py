@@ -61,6 +61,13 @@ PERIODS = {"every 8": "every 8", "every 16": "every 16", "every 32": "every 32",
 METHODS_BY_PERIOD = {
     f"observed, {name}": METHODS["observed"] | {"fgattn.refresh": rule} for name, rule in PERIODS.items()
 }
+# Nor these: what fewer bytes for the masks cost, by masks that heads share and by larger key groups.
+FEWER_BYTES = {
+    **{f"{heads} heads a mask": {"fgattn.heads_per_mask": heads} for heads in (2, 4)},
+    **{f"128x{n}": {"fgattn.slice": f"128x{n}"} for n in (32, 64)},
+}
+METHODS_BY_BYTES = {f"observed, {name}": METHODS["observed"] | options for name, options in FEWER_BYTES.items()}
+ALL_METHODS = METHODS | METHODS_BY_PERIOD | METHODS_BY_BYTES
 SHIFT = 3.0  # of the noise levels towards noise
 HEAD_DIM = 128
 METRICS = {"psnr_db": "PSNR, dB", "ssim": "SSIM", "motion_error": "motion error", "flicker": "flicker"}
@@ -158,7 +165,7 @@ def options_of(method: str, density: float, args) -> dict:
         **options,
         "fgattn.density": density,
         "fgattn.dense_first": args.dense_first,
-        **(METHODS | METHODS_BY_PERIOD)[method],
+        **ALL_METHODS[method],
     }
 
 
@@ -331,7 +338,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=16 if cuda else 6)
     parser.add_argument("--dense-first", type=float, default=0.2, help="share of the steps")
     parser.add_argument("--density", type=float, nargs="+", default=[0.1, 0.15, 0.2, 0.3, 0.5] if cuda else [0.15, 0.3])
-    parser.add_argument("--methods", nargs="+", choices=METHODS | METHODS_BY_PERIOD, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=ALL_METHODS, default=list(METHODS))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2] if cuda else [0, 1])
     parser.add_argument("--level", type=float, default=0.6, help="noise level at which layers are compared")
     parser.add_argument("--plot", nargs="+", metavar="FILE", help="put OUT.json files together instead of sampling")

@@ -132,7 +132,7 @@ def stages_of(
         return other
 
     def with_state(of: Settings) -> Stateful:
-        return _with_state(form(of), example_inputs, rows, settings, graph, ahead)
+        return _with_state(form(of), example_inputs, rows, of, graph, ahead)
 
     return [StageForms(form(stage), [with_state(level) for level in stage.levels]) for _, stage in stages]
 
@@ -142,7 +142,8 @@ def _with_state(
 ) -> Stateful:
     """A rewritten graph with state. An error of the pass is a reason to go without, unless ``strict``."""
     try:
-        return add_state(gm, example_inputs, settings.drift, settings.state_memory == "host", ahead)
+        host = settings.state_memory == "host"
+        return add_state(gm, example_inputs, settings.drift, settings.heads_per_mask, host, ahead)
     except Exception as error:
         if settings.strict:
             raise
@@ -151,8 +152,10 @@ def _with_state(
 
 
 def note_stateless(row: Row, stateful: Stateful) -> Row:
-    reason = stateful.reasons.get(row.site.index)
-    if reason is None or not row.site.rewritten:
+    found = {"state": ("none", stateful.reasons), "masks": ("one for each head", stateful.unshared)}
+    index = row.site.index
+    details = {name: f"{what}: {reasons[index]}" for name, (what, reasons) in found.items() if index in reasons}
+    if not details or not row.site.rewritten:
         return row
-    site = dataclasses.replace(row.site, details={**row.site.details, "state": f"none: {reason}"})
+    site = dataclasses.replace(row.site, details={**row.site.details, **details})
     return dataclasses.replace(row, site=site)

@@ -176,6 +176,12 @@ def read_bytes(value):
     return value if value is None else whole(value)
 
 
+def read_count(value):
+    if whole(value) is None or whole(value) < 1:
+        raise ValueError("must be a whole number, 1 or more")
+    return whole(value)
+
+
 def read_refresh(value):
     word, _, number = value.partition(" ") if isinstance(value, str) else ("", "", "")
     if word == "every" and number.isdecimal() and int(number) > 0:

@@ -35,7 +35,7 @@ class Row:
     density   kept pairs / all pairs, the mean over all calls so far; None where it was not measured
     note      why ``fgattn.stats`` could not measure it, or calls had no observed mask; else empty
     held      the observed masks that it holds, over all layers and branches that share the graph: their bytes, the
-              keys in a group of theirs, and how often one was observed
+              keys in a group of theirs, how often one was observed, and how many heads share how many masks
     """
 
     graph: str
@@ -59,11 +59,17 @@ class Row:
         found = (f"{name} {text}" for name, text in site.details.items())
         held = ""
         if self.held.bytes:
-            kept = f"{self.settings.m}x{self.held.n}"
+            kept, heads, masks = f"{self.settings.m}x{self.held.n}", self.held.heads, self.held.masks
             size = f"{self.held.bytes / 1e6:.3g} MB at {kept}"
-            why = " for fgattn.state_bytes" if kept != site.slice else ""
-            where = " in host memory" if self.settings.state_memory == "host" else ""
-            held = f"masks held{where}: {size}{why}, {self.held.refreshes} refreshes"
+            sharing = f", {heads} heads share {masks} mask{'s' * (masks > 1)}" if masks < heads else ""
+            where = " in host memory" if self.held.in_host_memory else ""
+            asked_for = (
+                kept == site.slice
+                and masks * self.settings.heads_per_mask >= heads
+                and self.held.in_host_memory == (self.settings.state_memory == "host")
+            )
+            why = "" if asked_for else " for fgattn.state_bytes"
+            held = f"masks held{where}: {size}{sharing}{why}, {self.held.refreshes} refreshes"
         notes = "; ".join(filter(None, (reason, *found, held, self.note)))
         density = "" if self.density is None else f"{self.density:.3f}"
         return (

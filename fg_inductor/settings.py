@@ -19,6 +19,7 @@ from fg_inductor.option_values import (
     one_of,
     read_by_head,
     read_bytes,
+    read_count,
     read_density,
     read_flag,
     read_grid,
@@ -122,7 +123,14 @@ class Settings:
     state_bytes: int | None = _option(
         None,
         read_bytes,
-        "bound on the bytes of observed masks; they are kept by larger key groups where they exceed it",
+        "bound on the bytes of observed masks; they are kept by larger key groups where they exceed it, and at last "
+        "shared by heads",
+    )
+    heads_per_mask: int = _option(
+        1,
+        read_count,
+        "heads for each observed mask: of 12 heads, those that agree most share 6 masks with 2, 3 with 4; decided at "
+        "each refresh",
     )
     state_memory: str = _option(
         "device",
@@ -262,13 +270,18 @@ class Settings:
 
     @property
     def levels(self) -> tuple["Settings", ...]:
-        """These, and with ``state_bytes`` in larger and larger key groups: as observed masks may be kept."""
+        """As observed masks may be kept: these settings alone; with ``state_bytes`` in larger and larger key groups
+        too, where those are the largest with a mask for two heads, and for four, and at last in host memory.
+        """
         if self.mask != "observed":
             return ()
         largest = 16 if self.slice == "auto" else self.n
-        bounded = self.state_bytes and self.state_memory == "device"
-        coarser = [n for n in GROUPS if n > largest] if bounded else []
-        return (self, *(dataclasses.replace(self, slice=f"{self.m}x{n}") for n in coarser))
+        if not self.state_bytes or self.state_memory == "host":
+            return (self,)
+        levels = [self, *(dataclasses.replace(self, slice=f"{self.m}x{n}") for n in GROUPS if n > largest)]
+        shared = [heads for heads in (2, 4) if heads > self.heads_per_mask]
+        levels += [dataclasses.replace(levels[-1], heads_per_mask=heads) for heads in shared]
+        return (*levels, dataclasses.replace(self, state_memory="host"))
 
     @property
     def drift(self) -> float | None:

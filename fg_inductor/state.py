@@ -6,14 +6,10 @@ are offloaded. The masks outlive a run, so that the next one finds the same addr
 whatever was observed for another video is observed anew.
 """
 
-import collections
 import logging
-import math
-import re
 from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import sympy
 import torch
@@ -25,6 +21,7 @@ from fg_inductor.denoising import Call, Run
 from fg_inductor.kernels import fetch, host_memory
 from fg_inductor.passes.state import Stateful
 from fg_inductor.settings import Settings
+from fg_inductor.state_budget import Budget
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +41,8 @@ class _Entry:
     stage: int = 0  # and in which stage of the density
     call: Call | None = None  # that used it last
     refreshes: int = 0  # told by the host
+    slots: Tensor | None = None  # which of the masks each head has, where heads share them
+    in_host_memory: bool = False
 
 
 @dataclass(frozen=True)
@@ -53,6 +52,9 @@ class Held:
     bytes: int = 0
     n: int = 0  # keys in a group; 0 without a mask
     refreshes: int = 0  # how often one was observed
+    heads: int = 0  # of each site, and
+    masks: int = 0  # how many masks they share
+    in_host_memory: bool = False
 
 
 # (path and index of the site, settings, level of the budget, id of the weight, branch) -> its mask
@@ -60,7 +62,7 @@ _entries: dict[tuple, _Entry] = {}
 _flags: dict[torch.device, tuple[Tensor, list[bool]]] = {}  # device -> the flag that graphs read, and what it says
 _problems: dict[str, str] = {}  # graph -> why a call of it was stateless
 _said: set[tuple[Settings, str]] = set()
-_budgets: dict[Settings, "_Budget"] = {}
+_budgets: dict[Settings, Budget] = {}
 
 
 def forget(model: nn.Module | None = None) -> None:
@@ -80,7 +82,11 @@ def held(graph: str, site: int) -> Held:
     found = [e for e in _entries.values() if (e.graph, e.site) == (graph, site)]
     refreshes = sum(e.refreshes if e.drift is None else int(e.drift[2]) for e in found)
     size = sum(e.mask.numel() * e.mask.element_size() for e in found)
-    return Held(size, found[0].n if found else 0, refreshes)
+    if not found:
+        return Held()
+    masks = found[0].mask.shape[1]
+    heads = masks if found[0].slots is None else found[0].slots.shape[1]
+    return Held(size, found[0].n, refreshes, heads, masks, found[0].in_host_memory)
 
 
 def problem(graph: str) -> str:
@@ -107,58 +113,6 @@ def is_due(refresh: str | tuple[int, ...], step: int, last: int) -> bool:
     return rule == "every" and step - last >= int(number)
 
 
-class _Budget:
-    """Which of the sizes of key groups keeps the masks of all models with the same settings within ``state_bytes``.
-
-    What they need is known before it is allocated: the layers that share a graph are counted by the names of their
-    weights. A branch of guidance counts from its first call on; masks that are then held too finely are let go, and
-    observed anew in larger groups.
-    """
-
-    def __init__(self, settings: Settings):
-        self.settings, self.level = settings, 0
-        self._needs: WeakKeyDictionary[nn.Module, dict[tuple, list[int]]] = WeakKeyDictionary()
-
-    def fits(self, call: Call, keeper: "Keeper", args: tuple) -> bool:
-        """Take note of a call, and choose ``level``. False where even the largest groups need too much."""
-        if self.settings.state_bytes is None or self.settings.state_memory == "host":
-            return True
-        needs, key = self._needs.setdefault(call.model, {}), (keeper.graph, call.branch)
-        sizes, forms = keeper.sizes(args), keeper.forms[0]
-        if (key, sizes) not in needs:
-            for old in [known for known in needs if known[0] == key]:
-                del needs[old]
-            layers = _layers(call.model, [args[site.weight] for site in forms[0].sites])
-            needs[key, sizes] = [
-                sum(4 * math.prod(shape) * n for shape, n in zip(keeper.mask_shapes(args, form), layers, strict=True))
-                for form in forms
-            ]
-            while self.level < len(forms) - 1 and self._total() > self.settings.state_bytes:
-                self.level += 1
-                self._let_go()
-        return self._total() <= self.settings.state_bytes
-
-    def _total(self) -> int:
-        return sum(need[self.level] for needs in self._needs.values() for need in needs.values())
-
-    def _let_go(self) -> None:
-        for key in [key for key in _entries if key[2] == self.settings and key[3] < self.level]:
-            del _entries[key]
-        log.info(
-            "fgattn.state_bytes=%d: observed masks are kept by %s",
-            self.settings.state_bytes,
-            self.settings.levels[self.level].slice,
-        )
-
-
-def _layers(model: nn.Module, weights: list[Tensor]) -> list[float]:
-    """How many layers of a model share the graph that has ``weights``, shared out among sites of one kind."""
-    names = {id(p): re.sub(r"\d+", "#", name) for name, p in model.named_parameters()}
-    kinds = [names.get(id(weight)) for weight in weights]
-    everywhere, here = collections.Counter(names.values()), collections.Counter(kinds)
-    return [1.0 if kind is None else everywhere[kind] / here[kind] for kind in kinds]
-
-
 class Keeper:
     """Gives the calls of one compiled graph the masks of their layer and branch, and says whether to refresh them.
 
@@ -182,9 +136,11 @@ class Keeper:
             return None
         if any(isinstance(args[site.weight], FakeTensor) for site in self.forms[stage][0].sites):
             return None  # DDP's graph splitter runs compiled code for its shapes
-        budget = _budgets.setdefault(self.settings, _Budget(self.settings))
+        budget = _budgets.setdefault(self.settings, Budget(self.settings, _let_go))
         if not budget.fits(call, self, args):
-            _problems[self.graph] = "stateless: fgattn.state_bytes does not hold the masks, however large the groups"
+            _problems[self.graph] = (
+                "stateless: fgattn.state_bytes does not hold the masks, however large the groups, or few"
+            )
             return None
         form = self.forms[stage][budget.level]
         entries = [
@@ -205,6 +161,7 @@ class Keeper:
                 entry.refreshes += 1
         _count("refreshed" if due else "reused", len(entries))
         state = [entry.mask for entry in entries]
+        state += [entry.slots for entry in entries if entry.slots is not None]
         state += [entry.drift for entry in entries if entry.drift is not None]
         return budget.level, [*state, *(_flag(device, due) for device in form.devices)]
 
@@ -218,14 +175,15 @@ class Keeper:
             log.info("%s: %s tokens in place of %s: its mask is made anew", key[0], shape, tuple(entry.mask.shape))
         for dead in [k for k, e in _entries.items() if e.weight() is None]:
             del _entries[dead]
-        device = site.mask.device
+        device, host = site.mask.device, self.settings.levels[level].state_memory == "host"
         with torch.inference_mode(False):
-            if self.settings.state_memory == "host":
-                mask = host_memory.zeros(shape, device)
-            else:
-                mask = torch.zeros(shape, dtype=torch.int32, device=device)
+            zeros = host_memory.zeros if host else _zeros
+            mask = zeros(shape, device)
             drift = None if self.settings.drift is None else torch.zeros(3, dtype=torch.float32, device=device)
-        _entries[key] = _Entry(TensorWeakRef(weight), mask, drift, self.graph, site.index, site.n)
+            slots = None if site.slots is None else mask.new_zeros(shape[0], site.slots.shape[1])
+        _entries[key] = _Entry(
+            TensorWeakRef(weight), mask, drift, self.graph, site.index, site.n, slots=slots, in_host_memory=host
+        )
         _count("made", 1)
         return _entries[key]
 
@@ -257,6 +215,16 @@ class Keeper:
                 "other tensor stays the same from step to step: such calls select their masks anew. Call the model "
                 "inside `with run.branch(name):`, run being what fg_inductor.denoising gives."
             )
+
+
+def _zeros(shape: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.zeros(shape, dtype=torch.int32, device=device)
+
+
+def _let_go(settings: Settings, level: int) -> None:
+    """Free the masks of these settings that are kept by less than ``level`` of the budget."""
+    for key in [key for key in _entries if key[2] == settings and key[3] < level]:
+        del _entries[key]
 
 
 def _flag(device: torch.device, on: bool) -> Tensor:

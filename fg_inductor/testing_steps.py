@@ -8,7 +8,7 @@ eager.refreshes             # how often a mask was observed
 import torch
 from torch import Tensor, nn
 
-from fg_inductor.kernels import ops, reference, reference_observed
+from fg_inductor.kernels import ops, reference, reference_heads, reference_observed
 from fg_inductor.settings import Settings
 
 
@@ -67,7 +67,14 @@ class EagerSchedule:
             share = settings.stages[stage][1].share
             selection = (settings.reduce, settings.mass, share, settings.max_density)
             lse = (query @ key.mT * shape[2]).logsumexp(-1)
-            mask = reference_observed.observed_mask(query, key, lse, *shape, *selection)
+            heads, slots = query.shape[1], None
+            masks = -(-heads // settings.heads_per_mask)
+            if masks < heads:
+                agreement = reference_observed.heads_agreement(query, key, lse, *shape, settings.reduce)
+                slots = reference_heads.shared_slots(agreement, masks)
+            mask = reference_observed.observed_mask(query, key, lse, *shape, *selection, slots=slots, masks=masks)
+            if slots is not None:
+                mask = reference_heads.expand_heads(mask, slots)
             self.masks[place] = mask, stage, reference_observed.kept_mass(query, key, mask, *shape)
             self.refreshes += 1
             return self._plain(query, key, value, attn_mask, **kwargs)

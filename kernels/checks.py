@@ -19,6 +19,7 @@ KERNELS = ("auto", "portable", "hopper")
 POOLS = (8, 16, 32, 64, 128)
 REDUCES = ("sum", "max")
 CURVES = ("rods", "hilbert")
+SHARING_HEADS = 128  # at most that share masks: one program holds what each pair agrees
 
 
 def fail(op: str, message: str) -> NoReturn:
@@ -119,11 +120,12 @@ def check_tensors(
         )
 
 
-def check_mask(op: str, mask: Tensor, q: Tensor, k: Tensor, m: int, n: int) -> None:
-    """mask int32 [B, Hq, T, W]."""
+def check_mask(op: str, mask: Tensor, q: Tensor, k: Tensor, m: int, n: int, shared: bool = False) -> None:
+    """mask int32 [B, Hq, T, W]; where heads share masks, ``shared``, [B, K, T, W]."""
     if mask.dtype != torch.int32 or mask.dim() != 4 or mask.device != q.device:
         fail(op, f"mask must be int32 [B, Hq, T, W] on {q.device}, got {mask.dtype} {_shape(mask)} on {mask.device}.")
-    expected = (q.shape[0], q.shape[1], slice_count(q.shape[2], m), word_count(k.shape[2], n))
+    heads = mask.shape[1] if shared else q.shape[1]
+    expected = (q.shape[0], heads, slice_count(q.shape[2], m), word_count(k.shape[2], n))
     if any(map(_differ, mask.shape, expected)):
         fail(
             op,
@@ -161,13 +163,40 @@ def _check_state(op: str, q: Tensor, mask: Tensor, flag: tuple[str, Tensor], dri
         fail(op, f"drift must be float32 [3] on {q.device}, got {drift.dtype} {_shape(drift)} on {drift.device}.")
 
 
-def check_begin(q, k, mask, key_bias, order, m, n, refresh, drift, bound) -> None:
+def _check_slots(op: str, mask: Tensor, slots: Tensor, batch, heads) -> None:
+    """slots int32 [B, H], which of the masks [B, K, T, W] each head has."""
+    if slots.dtype != torch.int32 or slots.dim() != 2 or slots.device != mask.device:
+        fail(op, f"slots must be int32 [B, Hq] on {mask.device}, got {slots.dtype} {_shape(slots)} on {slots.device}.")
+    if _differ(slots.shape[0], batch) or _differ(slots.shape[1], heads) or _differ(slots.stride(1), 1):
+        fail(
+            op,
+            f"slots must be contiguous and have a number for each head, [B, Hq] = [{batch}, {heads}], but it is "
+            f"{_shape(slots)} with strides {slots.stride()}.",
+        )
+    masks, heads = mask.shape[1], slots.shape[1]
+    if isinstance(masks, int) and isinstance(heads, int) and masks > heads:
+        fail(op, f"{masks} masks for {heads} heads, by mask {_shape(mask)}; give as many as heads, or fewer.")
+    if isinstance(heads, int) and heads > SHARING_HEADS:
+        fail(op, f"{heads} heads; at most {SHARING_HEADS} may share masks: give each a mask of its own, without slots.")
+
+
+def check_expand(mask: Tensor, slots: Tensor) -> None:
+    """The arguments of ``expand_heads``."""
+    op = "expand_heads"
+    if mask.dtype != torch.int32 or mask.dim() != 4:
+        fail(op, f"mask must be int32 [B, K, T, W], got {mask.dtype} {_shape(mask)}.")
+    _check_slots(op, mask, slots, mask.shape[0], slots.shape[-1])
+
+
+def check_begin(q, k, mask, key_bias, order, m, n, refresh, drift, bound, slots) -> None:
     """The arguments of ``begin_observed_``."""
     op = "begin_observed_"
     check_tensors(op, q, k, None, key_bias, order)
     check_slice(op, m, n)
-    check_mask(op, mask, q, k, m, n)
+    check_mask(op, mask, q, k, m, n, slots is not None)
     _check_state(op, q, mask, ("refresh", refresh), drift)
+    if slots is not None:
+        _check_slots(op, mask, slots, q.shape[0], q.shape[1])
     if (drift is None) != (bound is None):
         fail(op, f"drift and bound={bound} go together; give both or neither.")
     if bound is not None and not 0 < bound < 1:
@@ -175,17 +204,22 @@ def check_begin(q, k, mask, key_bias, order, m, n, refresh, drift, bound) -> Non
 
 
 def check_observed(
-    q, k, lse, mask, key_bias, order, m, n, reduce, top_p, density, max_density, dense_keys, dense_queries, due, drift
-) -> None:
+    q, k, lse, mask, key_bias, order, m, n, reduce, top_p, density, max_density, dense_keys, dense_queries, due, drift,
+    slots,
+) -> None:  # fmt: skip
     """The arguments of ``update_observed_``."""
     op = "update_observed_"
     check_tensors(op, q, k, None, key_bias, order)
     check_slice(op, m, n)
-    check_mask(op, mask, q, k, m, n)
+    check_mask(op, mask, q, k, m, n, slots is not None)
     if lse.dtype != torch.float32 or lse.dim() != 3 or any(map(_differ, lse.shape, q.shape)):
         fail(op, f"lse must be float32 {_shape(q)[:3]}, as attention returns it, got {lse.dtype} {_shape(lse)}.")
     _check_selection(op, q, top_p, density, max_density, dense_keys, dense_queries, reduce)
     _check_state(op, q, mask, ("due", due), drift)
+    if slots is not None:
+        _check_slots(op, mask, slots, q.shape[0], q.shape[1])
+        if isinstance(density, list):
+            fail(op, f"head_density={density} with slots: heads that share a mask keep one share; give density.")
 
 
 def check_fetch(op: str, mask: Tensor) -> None:

@@ -4,7 +4,8 @@
     flag = refresh, or kept has fallen more than ``bound`` below what it was right after the last refresh
 
 q, k, order, bias  as in ``observe``
-mask     [B, Hq, T, W]  int32
+mask     [B, Hq, T, W]  int32; with slots [B, K, T, W]
+slots    [B, Hq]        int32, which mask each head has; or None
 refresh  bool scalar    the host's word that the mask is to be observed anyhow
 drift    float32 [3]    kept right after the last refresh; kept at the last call; refreshes so far
 parts    [B * heads, splits, 3, SAMPLES]   float32 workspace: maximum, sum, sum of the kept, over a part of the keys
@@ -34,11 +35,13 @@ PROGRAMS = 512  # enough to keep the memory of a GPU busy
 
 @triton.jit
 def _sample(
-    flag_ptr, q_ptr, k_ptr, mask_ptr, order_ptr, bias_ptr, part_ptr,
+    flag_ptr, q_ptr, k_ptr, mask_ptr, slots_ptr, order_ptr, bias_ptr, part_ptr,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_bb, stride_mb, stride_mh, stride_mt,
+    stride_sb,
     heads, Hq, SHARE, Sq, Sk, blocks, qk_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, SAMPLES: tl.constexpr, KEYS: tl.constexpr,
-    UNLESS: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr,
+    UNLESS: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     if tl.load(flag_ptr).to(tl.int32) == UNLESS:
         return
@@ -50,6 +53,8 @@ def _sample(
     k_ptr += b * stride_kb + (h // SHARE) * stride_kh
     if HAS_BIAS:
         bias_ptr += b * stride_bb
+    if HAS_SLOTS:
+        h = tl.load(slots_ptr + b * stride_sb + h).to(tl.int64)
     words_ptr = mask_ptr + b * stride_mb + h * stride_mh + (place // M).to(tl.int64) * stride_mt
 
     m_i = tl.full([SAMPLES], float("-inf"), tl.float32)
@@ -120,7 +125,7 @@ def _note(flag_ptr, drift_ptr, part_ptr, entries, splits, SAMPLES: tl.constexpr,
     tl.store(drift_ptr + 2, tl.load(drift_ptr + 2) + 1.0)
 
 
-def _prepare(q, k, mask, key_bias, order, scale, m, n):
+def _prepare(q, k, mask, key_bias, order, scale, m, n, slots):
     """Workspace, how many parts it has, and what samples into it: ``sample(flag, unless)``."""
     B, Hq, Sq, D = q.shape
     Sk = k.shape[2]
@@ -132,29 +137,32 @@ def _prepare(q, k, mask, key_bias, order, scale, m, n):
 
     def sample(flag: Tensor, unless: int) -> None:
         _sample[(splits, entries)](
-            flag, q, k, mask, order, bias, parts,
+            flag, q, k, mask, slots, order, bias, parts,
             *q.stride()[:3], *k.stride()[:3], 0 if bias is None else bias.stride(0), *mask.stride()[:3],
+            0 if slots is None else slots.stride(0),
             heads, Hq, Hq // k.shape[1], Sq, Sk, blocks, scale * observe.LOG2_E,
             D=D, BLOCK_D=next_power_of_2(D), M=m, N=n, SAMPLES=SAMPLES, KEYS=KEYS, UNLESS=unless,
-            HAS_ORDER=order is not None, HAS_BIAS=bias is not None,
+            HAS_SLOTS=slots is not None, HAS_ORDER=order is not None, HAS_BIAS=bias is not None,
             PRECISION="ieee" if q.dtype == torch.float32 else "tf32", **configuration(q.dtype, D),
         )  # fmt: skip
 
     return (parts, entries, splits), dict(SAMPLES=SAMPLES, SPLITS=next_power_of_2(splits)), sample
 
 
-def decide(q, k, mask, key_bias, order, scale, m, n, refresh: Tensor, drift: Tensor, bound: float) -> Tensor:
+def decide(
+    q, k, mask, key_bias, order, scale, m, n, refresh: Tensor, drift: Tensor, bound: float, slots: Tensor | None = None
+) -> Tensor:
     """Whether the mask is to be observed: a bool scalar on the device. Arguments as in ``kernels.ops``."""
-    parts, summary, sample = _prepare(q, k, mask, key_bias, order, scale, m, n)
+    parts, summary, sample = _prepare(q, k, mask, key_bias, order, scale, m, n, slots)
     flag = torch.empty((), dtype=torch.bool, device=q.device)
     sample(refresh, unless=1)
     _decide[(1,)](refresh, flag, drift, *parts, bound, **summary)
     return flag
 
 
-def note(q, k, mask, key_bias, order, scale, m, n, due: Tensor, drift: Tensor) -> None:
+def note(q, k, mask, key_bias, order, scale, m, n, due: Tensor, drift: Tensor, slots: Tensor | None = None) -> None:
     """Where the mask was observed, what it keeps, and that it was. Arguments as in ``kernels.ops``."""
-    parts, summary, sample = _prepare(q, k, mask, key_bias, order, scale, m, n)
+    parts, summary, sample = _prepare(q, k, mask, key_bias, order, scale, m, n, slots)
     sample(due, unless=0)
     _note[(1,)](due, drift, *parts, **summary)
 

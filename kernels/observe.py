@@ -24,6 +24,7 @@ dtype of q, the rest is float32. Meaning: ``reference_observed.update_observed``
 """
 
 import math
+from collections.abc import Callable
 
 import torch
 import triton
@@ -31,11 +32,12 @@ import triton.language as tl
 from torch import Tensor
 
 from fg_inductor.kernels import reference, select_cut
-from fg_inductor.kernels.mask import group_count, slice_count, word_count
+from fg_inductor.kernels.mask import group_count, word_count
 from fg_inductor.kernels.select_scores import larger
 from fg_inductor.kernels.sizes import cdiv, next_power_of_2
 
 MASS_BYTES = 1 << 28
+ROWS = 128  # queries of a program
 LOG2_E = math.log2(math.e)
 
 
@@ -126,7 +128,7 @@ def _store_masses(
 def _column_mass(
     due_ptr, q_ptr, k_ptr, lse_ptr, order_ptr, bias_ptr, mass_ptr,
     stride_qb, stride_qh, stride_qs, stride_kb, stride_kh, stride_ks, stride_bb, stride_mt,
-    first_head, heads, Hq, SHARE, Sq, Sk, T, qk_scale,
+    first_head, heads, first_block, step, Hq, SHARE, Sq, Sk, T, qk_scale,
     D: tl.constexpr, BLOCK_D: tl.constexpr, M: tl.constexpr, N: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
     HAS_ORDER: tl.constexpr, HAS_BIAS: tl.constexpr, MAX: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -135,7 +137,7 @@ def _column_mass(
         return
     b = (tl.program_id(1) // heads).to(tl.int64)
     h = (first_head + tl.program_id(1) % heads).to(tl.int64)
-    place = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    place = (first_block + tl.program_id(0) * step) * ROWS + tl.arange(0, ROWS)
     q, row = load_queries(q_ptr, order_ptr, b, h, place, stride_qb, stride_qh, stride_qs, Sq, D, BLOCK_D, HAS_ORDER)
     lse = tl.load(lse_ptr + (b * Hq + h) * Sq + row) * 1.4426950408889634
     # A row without keys has no mass; one behind the last query repeats that, and has no say.
@@ -167,7 +169,7 @@ def configuration(dtype: torch.dtype, dim: int, n: int) -> dict:
     """
     large = dim * dtype.itemsize > 256
     warps = 8 if large or n >= 128 else 4
-    return {"ROWS": 128, "KEYS": max(64, n), "num_warps": warps, "num_stages": 1 if large else 3 if n < 128 else 2}
+    return {"ROWS": ROWS, "KEYS": max(64, n), "num_warps": warps, "num_stages": 1 if large else 3 if n < 128 else 2}
 
 
 def bias_of_keys(key_bias: Tensor | None) -> Tensor | None:
@@ -204,26 +206,39 @@ def launch(
     due: Tensor,
 ) -> None:
     """Writes ``mask`` where ``due`` says so; arguments as in ``kernels.ops``."""
+    B, Hq, T, W = mask.shape
+    Sq, Sk = q.shape[2], k.shape[2]
+    heads = max(1, min(Hq, MASS_BYTES // (128 * B * T * W)))
+    mass = torch.empty(B * heads, T, W * 32, dtype=torch.float32, device=q.device)
+    column_mass = prepare(q, k, lse, key_bias, order, scale, m, n, reduce, due)
+    for first in range(0, Hq, heads):
+        part = min(heads, Hq - first)
+        column_mass(mass, range(cdiv(Sq, ROWS)), first, part, T)
+        select_cut.launch(
+            mass, mask, first, part, group_count(Sk, n), m, n, Sq, Sk, order,
+            top_p if density is None and top_p < 1 else None, max_density if density is None else density,
+            None, 1, key_bias is not None, dense_keys, dense_queries, due,
+        )  # fmt: skip
+
+
+def prepare(q, k, lse, key_bias, order, scale, m, n, reduce, due) -> Callable[[Tensor, range, int, int, int], None]:
+    """``column_mass(mass, blocks, first, heads, slices)``: the masses of ``heads`` heads from ``first`` on, of the
+    slices in these blocks of ROWS queries, packed; the first ``slices`` of them are stored. Arguments as of ``launch``.
+    """
     B, Hq, Sq, D = q.shape
     Sk = k.shape[2]
-    T, G, W = slice_count(Sq, m), group_count(Sk, n), word_count(Sk, n)
     bias = bias_of_keys(key_bias)
     config = configuration(q.dtype, D, n)
     lse = lse.contiguous()
-    heads = max(1, min(Hq, MASS_BYTES // (128 * B * T * W)))
-    mass = torch.empty(B * heads, T, W * 32, dtype=torch.float32, device=q.device)
-    for first in range(0, Hq, heads):
-        part = min(heads, Hq - first)
-        _column_mass[(cdiv(Sq, config["ROWS"]), B * part)](
+
+    def column_mass(mass: Tensor, blocks: range, first: int, heads: int, slices: int) -> None:
+        _column_mass[(len(blocks), B * heads)](
             due, q, k, lse, order, bias, mass,
-            *q.stride()[:3], *k.stride()[:3], 0 if bias is None else bias.stride(0), W * 32,
-            first, part, Hq, Hq // k.shape[1], Sq, Sk, T, scale * LOG2_E,
+            *q.stride()[:3], *k.stride()[:3], 0 if bias is None else bias.stride(0), word_count(Sk, n) * 32,
+            first, heads, blocks.start, blocks.step, Hq, Hq // k.shape[1], Sq, Sk, slices, scale * LOG2_E,
             D=D, BLOCK_D=next_power_of_2(D), M=m, N=n, HAS_ORDER=order is not None, HAS_BIAS=bias is not None,
             MAX=reduce == "max", PRECISION="ieee" if q.dtype == torch.float32 else "tf32",
             **config,
         )  # fmt: skip
-        select_cut.launch(
-            mass, mask, first, part, G, m, n, Sq, Sk, order,
-            top_p if density is None and top_p < 1 else None, max_density if density is None else density,
-            None, 1, bias is not None, dense_keys, dense_queries, due,
-        )  # fmt: skip
+
+    return column_mass

@@ -14,6 +14,7 @@ from fg_inductor.kernels.checks import (
     check_attention,
     check_begin,
     check_dfs,
+    check_expand,
     check_fetch,
     check_observed,
     check_order,
@@ -34,10 +35,12 @@ SCHEMAS = {
     "float top_p, float? density, float max_density, SymInt[] dense_keys, SymInt[] dense_queries, SymInt min_seq, "
     'str reduce="sum", float? gamma=None, float? alpha=None, float[]? head_density=None) -> Tensor',
     "begin_observed_": "(Tensor q, Tensor k, Tensor(a!) mask, Tensor? key_bias, Tensor? order, float scale, int m, "
-    "int n, SymInt min_seq, Tensor refresh, Tensor(b!)? drift=None, float? bound=None) -> Tensor",
+    "int n, SymInt min_seq, Tensor refresh, Tensor(b!)? drift=None, float? bound=None, Tensor? slots=None) -> Tensor",
     "update_observed_": "(Tensor q, Tensor k, Tensor lse, Tensor(a!) mask, Tensor? key_bias, Tensor? order, "
     "float scale, int m, int n, str reduce, float top_p, float? density, float max_density, SymInt[] dense_keys, "
-    "SymInt[] dense_queries, SymInt min_seq, Tensor due, Tensor(b!)? drift=None, float[]? head_density=None) -> ()",
+    "SymInt[] dense_queries, SymInt min_seq, Tensor due, Tensor(b!)? drift=None, float[]? head_density=None, "
+    "Tensor(c!)? slots=None) -> ()",
+    "expand_heads": "(Tensor mask, Tensor slots) -> Tensor",
     "fetch": "(Tensor mask, bool ahead=True) -> Tensor",
     "put_back_": "(Tensor(a!) mask, Tensor staged, Tensor due) -> ()",
     "attention": "(Tensor q, Tensor k, Tensor v, Tensor mask, Tensor? key_bias, Tensor? order, float scale, "
@@ -169,64 +172,69 @@ for _name, _run, _inputs in (
 
 
 @torch.library.register_fake("fgattn::begin_observed_")
-def _begin_observed_fake(q, k, mask, key_bias, order, scale, m, n, min_seq, refresh, drift=None, bound=None):
-    check_begin(q, k, mask, key_bias, order, m, n, refresh, drift, bound)
+def _begin_observed_fake(
+    q, k, mask, key_bias, order, scale, m, n, min_seq, refresh, drift=None, bound=None, slots=None
+):  # fmt: skip
+    check_begin(q, k, mask, key_bias, order, m, n, refresh, drift, bound, slots)
     return torch.empty_like(refresh)
 
 
 def _begin_observed(begin):
-    def run(q, k, mask, key_bias, order, scale, m, n, min_seq, refresh, drift=None, bound=None):
-        check_begin(q, k, mask, key_bias, order, m, n, refresh, drift, bound)
+    def run(q, k, mask, key_bias, order, scale, m, n, min_seq, refresh, drift=None, bound=None, slots=None):
+        check_begin(q, k, mask, key_bias, order, m, n, refresh, drift, bound, slots)
         if min(q.shape[2], k.shape[2]) < min_seq:  # attention is dense, whatever the mask
             return refresh.clone()
-        return begin(q, k, mask, key_bias, order, scale, m, n, refresh, drift, bound)
+        return begin(q, k, mask, key_bias, order, scale, m, n, refresh, drift, bound, slots)
 
     return run
 
 
-def _begin_observed_cuda(q, k, mask, key_bias, order, scale, m, n, refresh, drift, bound):
+def _begin_observed_cuda(q, k, mask, key_bias, order, scale, m, n, refresh, drift, bound, slots):
     from fg_inductor.kernels import drift as drifting
     from fg_inductor.kernels import observe
 
     if drift is not None:
         q, k = _unit_stride(q, k)
-        refresh = drifting.decide(q, k, mask, key_bias, order, scale, m, n, refresh, drift, bound)
+        refresh = drifting.decide(q, k, mask, key_bias, order, scale, m, n, refresh, drift, bound, slots)
     return observe.launch_begin(mask, k.shape[2], n, refresh)
 
 
 @torch.library.register_fake("fgattn::update_observed_")
 def _update_observed_fake(
     q, k, lse, mask, key_bias, order, scale, m, n, reduce, top_p, density, max_density, dense_keys, dense_queries,
-    min_seq, due, drift=None, head_density=None,
+    min_seq, due, drift=None, head_density=None, slots=None,
 ):  # fmt: skip
     density = joined_density("update_observed_", density, head_density)
     selection = (reduce, top_p, density, max_density, dense_keys, dense_queries)
-    check_observed(q, k, lse, mask, key_bias, order, m, n, *selection, due, drift)
+    check_observed(q, k, lse, mask, key_bias, order, m, n, *selection, due, drift, slots)
 
 
 def _update_observed(observe):
     def run(
         q, k, lse, mask, key_bias, order, scale, m, n, reduce, top_p, density, max_density, dense_keys, dense_queries,
-        min_seq, due, drift=None, head_density=None,
+        min_seq, due, drift=None, head_density=None, slots=None,
     ):  # fmt: skip
         density = joined_density("update_observed_", density, head_density)
         selection = (reduce, top_p, density, max_density, list(dense_keys), list(dense_queries))
-        check_observed(q, k, lse, mask, key_bias, order, m, n, *selection, due, drift)
+        check_observed(q, k, lse, mask, key_bias, order, m, n, *selection, due, drift, slots)
         if min(q.shape[2], k.shape[2]) >= min_seq:
-            observe(q, k, lse, mask, key_bias, order, scale, m, n, *selection, due, drift)
+            observe(q, k, lse, mask, key_bias, order, scale, m, n, *selection, due, drift, slots)
 
     return run
 
 
 def _update_observed_cuda(q, k, lse, mask, *rest):
     from fg_inductor.kernels import drift as drifting
-    from fg_inductor.kernels import observe
+    from fg_inductor.kernels import observe, observe_heads
 
-    *arguments, due, drift = rest
+    *arguments, due, drift, slots = rest
     q, k = _unit_stride(q, k)
-    observe.launch(q, k, lse, mask, *arguments, due)
+    if slots is None:
+        observe.launch(q, k, lse, mask, *arguments, due)
+    else:
+        observe_heads.launch(q, k, lse, mask, *arguments, due, slots)
     if drift is not None:
-        drifting.note(q, k, mask, *arguments[:5], due, drift)
+        drifting.note(q, k, mask, *arguments[:5], due, drift, slots)
 
 
 torch.library.impl("fgattn::begin_observed_", "CPU", _begin_observed(reference_observed.begin_observed))
@@ -291,6 +299,30 @@ torch.library.impl("fgattn::fetch", "CPU", _fetch(_fetch_cpu))
 torch.library.impl("fgattn::fetch", "CUDA", _fetch(_fetch_cuda))
 torch.library.impl("fgattn::put_back_", "CPU", _put_back(_put_back_cpu))
 torch.library.impl("fgattn::put_back_", "CUDA", _put_back(_put_back_cuda))
+
+
+# expand_heads
+
+
+@torch.library.register_fake("fgattn::expand_heads")
+def _expand_heads_fake(mask, slots):
+    check_expand(mask, slots)
+    return mask.new_empty(mask.shape[0], slots.shape[1], *mask.shape[2:])
+
+
+def _expand_heads(mask, slots):
+    check_expand(mask, slots)
+    return expand_heads_decomposition(mask, slots).contiguous()
+
+
+def expand_heads_decomposition(mask: Tensor, slots: Tensor) -> Tensor:
+    """``fgattn::expand_heads`` in aten, for compilers: one kernel that copies."""
+    entry = torch.arange(mask.shape[0], device=mask.device)[:, None]
+    return torch.ops.aten.index.Tensor(mask, [entry, slots])
+
+
+torch.library.impl("fgattn::expand_heads", "CompositeExplicitAutograd", _expand_heads)
+torch.library.register_autograd("fgattn::expand_heads", lambda ctx, grad: (None,) * 2)
 
 
 # attention
@@ -518,6 +550,7 @@ begin_observed_ = torch.ops.fgattn.begin_observed_.default
 update_observed_ = torch.ops.fgattn.update_observed_.default
 fetch = torch.ops.fgattn.fetch.default
 put_back_ = torch.ops.fgattn.put_back_.default
+expand_heads = torch.ops.fgattn.expand_heads.default
 attention = torch.ops.fgattn.attention.default
 query_order = torch.ops.fgattn.query_order.default
 reorder = torch.ops.fgattn.reorder.default

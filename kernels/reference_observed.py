@@ -10,6 +10,14 @@ from torch import Tensor
 
 from fg_inductor.kernels.mask import group_count, slice_count, unpack
 from fg_inductor.kernels.reference import accumulate_dtype, full_mask, group_statistics, normalise_key_bias
+from fg_inductor.kernels.reference_heads import (
+    SAMPLED_BLOCK,
+    agreement,
+    expand_heads,
+    joined_mass,
+    sampled_blocks,
+    shared_slots,
+)
 from fg_inductor.kernels.reference_select import best_groups, probabilities
 
 SAMPLED_QUERIES, SAMPLED_HEADS = 32, 8
@@ -54,11 +62,14 @@ def observed_mask(
     dense_keys: list[int] = (),
     dense_queries: list[int] = (),
     chunk_elements: int = 1 << 27,
+    slots: Tensor | None = None,
+    masks: int = 0,
 ) -> Tensor:
     """The block mask [B, Hq, T, W] from the exact mass (``column_mass``) by the rule of ``best_groups``.
 
     lse [B, Hq, Sq] is that of dense attention, natural log. Some slices at a time (``chunk_elements`` probabilities):
-    the masses of a layer are never held at once.
+    the masses of a layer are never held at once. With ``slots`` [B, Hq] it is [B, masks, T, W]: one mask for the heads
+    of each slot, from their masses together.
     """
     acc = accumulate_dtype(q.dtype)
     keys = k.shape[2]
@@ -68,11 +79,35 @@ def observed_mask(
     slices = max(1, chunk_elements // (q.shape[0] * q.shape[1] * m * keys))
     q, k, lse = q.to(acc), k.to(acc), lse.to(acc)
     selection = (top_p, density, max_density, dense_keys, dense_queries)
-    masks = [
-        best_groups(column_mass(q, k, lse, bias, part, scale, m, n, reduce), valid, part, keys, m, n, *selection)
-        for part in rows.split(slices * m)
-    ]
-    return torch.cat(masks, 2)
+    parts = []
+    for part in rows.split(slices * m):
+        mass = column_mass(q, k, lse, bias, part, scale, m, n, reduce)
+        if slots is not None:
+            mass = joined_mass(mass, slots, masks)
+        parts.append(best_groups(mass, valid, part, keys, m, n, *selection))
+    return torch.cat(parts, 2)
+
+
+def heads_agreement(
+    q: Tensor,
+    k: Tensor,
+    lse: Tensor,
+    key_bias: Tensor | None,
+    order: Tensor | None,
+    scale: float,
+    m: int,
+    n: int,
+    reduce: str = "sum",
+) -> Tensor:
+    """How much heads agree, [B, Hq, Hq]: ``agreement`` over the slices of ``sampled_blocks``."""
+    acc = accumulate_dtype(q.dtype)
+    bias = normalise_key_bias(key_bias, acc)
+    rows = torch.arange(q.shape[2], device=q.device) if order is None else order.long()
+    q, k, lse = q.to(acc), k.to(acc), lse.to(acc)
+    parts = rows.split(SAMPLED_BLOCK)
+    return sum(
+        agreement(column_mass(q, k, lse, bias, parts[i], scale, m, n, reduce)) for i in sampled_blocks(q.shape[2])
+    )
 
 
 def kept_mass(
@@ -112,6 +147,7 @@ def begin_observed(
     refresh: Tensor,
     drift: Tensor | None = None,
     bound: float | None = None,
+    slots: Tensor | None = None,
 ) -> Tensor:
     """Whether the mask is to be observed in this step, a bool scalar; where it is, every bit of it is set.
 
@@ -119,13 +155,15 @@ def begin_observed(
     (``kept_mass``) has fallen more than ``bound`` below what it was right after the last refresh, or is NaN.
 
     drift is float32 [3], updated too: the share right after the last refresh, the share now, the number of refreshes.
+    With ``slots`` [B, Hq] heads share the masks: mask is [B, K, T, W], and slots the one of each head.
     """
     due = refresh.clone()
     if drift is not None and not refresh:
-        drift[1] = kept_mass(q, k, mask, key_bias, order, scale, m, n)
+        each = mask if slots is None else expand_heads(mask, slots)
+        drift[1] = kept_mass(q, k, each, key_bias, order, scale, m, n)
         due = ~(drift[1] >= drift[0] - bound)
     if due:
-        mask.copy_(full_mask(q, k, m, n))
+        mask.copy_(full_mask(q[:, : mask.shape[1]], k, m, n))
     return due
 
 
@@ -147,14 +185,21 @@ def update_observed(
     dense_queries: list[int],
     due: Tensor,
     drift: Tensor | None = None,
+    slots: Tensor | None = None,
 ) -> None:
-    """Write ``observed_mask`` into ``mask`` where ``due`` says so; lse is that of attention with every bit set."""
+    """Write ``observed_mask`` into ``mask`` where ``due`` says so; lse is that of attention with every bit set.
+
+    With ``slots``, where it says so, the heads that agree most now (``shared_slots``) share a mask from then on.
+    """
     if not due:
         return
-    shape = (key_bias, order, scale, m, n)
-    mask.copy_(observed_mask(q, k, lse, *shape, reduce, top_p, density, max_density, dense_keys, dense_queries))
+    shape, masks = (key_bias, order, scale, m, n), mask.shape[1]
+    if slots is not None:
+        slots.copy_(shared_slots(heads_agreement(q, k, lse, *shape, reduce), masks))
+    selection = (reduce, top_p, density, max_density, dense_keys, dense_queries)
+    mask.copy_(observed_mask(q, k, lse, *shape, *selection, slots=slots, masks=masks))
     if drift is not None:
-        drift[:2] = kept_mass(q, k, mask, *shape)
+        drift[:2] = kept_mass(q, k, mask if slots is None else expand_heads(mask, slots), *shape)
         drift[2] += 1
 
 

@@ -198,7 +198,7 @@ def _store_words(x, mask_ptr, first, W, cut, ties, everything, WIDE: tl.constexp
 def _cut(
     row_ptr, order_ptr, mask_ptr, refresh_ptr,
     stride_mb, stride_mh, stride_mt,
-    first_head, heads, T, W, Sq, groups, limit, shares, top_p, alpha, summed, dense_keys, dense_queries,
+    first_head, heads, first_slice, T, W, Sq, groups, limit, shares, top_p, alpha, summed, dense_keys, dense_queries,
     M: tl.constexpr, N: tl.constexpr, WORDS: tl.constexpr, REST: tl.constexpr, LOOP: tl.constexpr, LEAN: tl.constexpr,
     WIDE: tl.constexpr, COUNT: tl.constexpr, MASS: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_ORDER: tl.constexpr,
     HAS_FORCED: tl.constexpr, HAS_DENSE: tl.constexpr, ALPHA: tl.constexpr, HAS_REFRESH: tl.constexpr,
@@ -211,6 +211,7 @@ def _cut(
     b = (tl.program_id(1) // heads).to(tl.int64)
     h = first_head + tl.program_id(1) % heads
     row_ptr += (tl.program_id(1).to(tl.int64) * T + t) * W * (32 if WIDE else 16)
+    t += first_slice
     mask_ptr += b * stride_mb + h.to(tl.int64) * stride_mh + t * stride_mt
 
     # The row: WORDS words and REST words in registers; what is beyond is read again in each pass.
@@ -364,8 +365,9 @@ def launch(
     score: Tensor, mask: Tensor, first: int, heads: int, groups: int, m: int, n: int, queries: int, keys: int,
     order: Tensor | None, top_p: float | None, share: float | list[float], alpha: float | None, summed: int,
     masked: bool, dense_keys: list[int], dense_queries: list[int], refresh: Tensor | None = None,
+    first_slice: int = 0, slices: int | None = None,
 ) -> None:  # fmt: skip
-    """Write mask[:, first : first + heads] from the scores of these heads.
+    """Write mask[:, first : first + heads] from the scores of these heads; or of ``slices`` slices alone.
 
     top_p   share of the mass to keep, or None
     share   share of the groups to keep at most; one for each of the mask's heads, or one for all
@@ -375,13 +377,14 @@ def launch(
     refresh a bool scalar on the device, or None: where it is False the mask stays as it is
     """
     B, _, T, W = mask.shape
+    T = T if slices is None else slices
     # A range ends with the keys: it does not reach into the padding of the last group.
     dense_keys = tuple(min(x, keys) for x in dense_keys)
     shares = share if isinstance(share, list) else [share]
     wide = score.dtype == torch.float32
     _cut[(T, B * heads)](
         score if wide else score.view(torch.int32), order, mask, refresh, *mask.stride()[:3],
-        first, heads, T, W, queries, groups, max(1, int(groups * shares[0] + 0.5)), _parts(tuple(shares)),
+        first, heads, first_slice, T, W, queries, groups, max(1, int(groups * shares[0] + 0.5)), _parts(tuple(shares)),
         1.0 if top_p is None else top_p, alpha or 0.0, summed, dense_keys, tuple(dense_queries),
         M=m, N=n, WIDE=wide, COUNT=min(shares) < 1 or (top_p is None and alpha is None), MASS=top_p is not None,
         HAS_BIAS=masked, HAS_ORDER=order is not None, HAS_FORCED=bool(dense_keys), HAS_DENSE=bool(dense_queries),

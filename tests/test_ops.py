@@ -51,6 +51,8 @@ def _every_call(case, dtype, wanted):
     lse = torch.randn(q.shape[:3])
     observed = q, k, lse, mask.clone(), key_bias, order, scale, m, n, "max", 0.8, None, 1.0, *ranges.values(), 0
     by_head = [0.3, 0.1, 0.9, 0.5][: q.shape[1]]
+    shared, slots = mask[:, :1].clone(), torch.zeros(q.shape[:2], dtype=torch.int32)
+    state = torch.tensor(True), drift.clone()
     with torch.no_grad():
         backward = torch.randn_like(q), q, k, v, *ops.attention(*attention), *attention[3:]
     backward = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in backward)
@@ -65,7 +67,10 @@ def _every_call(case, dtype, wanted):
         ("select_static", ops.select_static, (*square, placed, m, n, *rule)),
         ("keep_dense", ops.keep_dense, (mask, order, q.shape[2], k.shape[2], m, n, *ranges.values())),
         ("begin_observed_", ops.begin_observed_, begin),
-        ("update_observed_", ops.update_observed_, (*observed, torch.tensor(True), drift.clone(), by_head)),
+        ("update_observed_", ops.update_observed_, (*observed, *state, by_head)),
+        ("begin_observed_", ops.begin_observed_, (*begin[:2], shared, *begin[3:-2], drift.clone(), 0.1, slots)),
+        ("update_observed_", ops.update_observed_, (*observed[:3], shared, *observed[4:], *state, None, slots.clone())),
+        ("expand_heads", ops.expand_heads, (mask[:, 1:], slots)),
         ("fetch", ops.fetch, (mask.clone(), False)),
         ("put_back_", ops.put_back_, (mask.clone(), torch.ones_like(mask), torch.tensor(True))),
         ("attention", ops.attention, attention),
@@ -82,8 +87,9 @@ NAMES = tuple(ops.SCHEMAS)
 @problems
 @pytest.mark.parametrize("name", NAMES)
 def test_opcheck(name, case, dtype, wanted):
-    op, arguments = {name: call for name, *call in _every_call(case, dtype, wanted)}[name]
-    torch.library.opcheck(op, arguments)
+    for other, op, arguments in _every_call(case, dtype, wanted):
+        if other == name:
+            torch.library.opcheck(op, arguments)
 
 
 @pytest.mark.parametrize("min_seq", [0, 10_000], ids=["sparse", "dense"])
@@ -281,6 +287,11 @@ def test_symbolic_sizes_get_no_guard(tail):
         out, lse = ops.attention(q, k, v, staged, *shape, tail, 4096)
         ops.update_observed_(q, k, lse, staged, *shape, *selection, due)
         ops.put_back_(mask, staged, due)
+        shared = mask.new_empty(mask.shape[0], (q.shape[1] + 1) // 2, *mask.shape[2:])
+        slots = mask.new_empty(q.shape[:2])
+        due = ops.begin_observed_(q, k, shared, *shape, 4096, refresh, slots=slots)
+        ops.attention(q, k, v, ops.expand_heads(shared, slots), *shape, tail, 4096)
+        ops.update_observed_(q, k, lse, shared, *shape, *selection, due, slots=slots)
         dq, *_ = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
         ops.kept_density(mask, key_bias, q.shape[2], k.shape[2], 16, 8)
         ops.query_order(q.shape[0], q.shape[1], q.shape[2], 0, k.shape[2], 16, torch.device("cpu"))
@@ -368,6 +379,15 @@ STATE = {
     "mask-strides": ({"mask": torch.zeros(2, 4, 4, 3).int().mT}, r"words of a mask row must be contiguous, .* 1, 3\)"),
     "drift": ({"drift": torch.zeros(2)}, r"drift must be float32 \[3\] on cpu, got torch.float32 \(2,\)"),
 }
+SLOTS = torch.zeros(2, 4).int()
+SHARED = {
+    "slots-dtype": ({"slots": SLOTS.long()}, r"slots must be int32 \[B, Hq\] on cpu, got torch.int64 \(2, 4\)"),
+    "slots-rank": ({"slots": SLOTS[0]}, r"slots must be int32 \[B, Hq\] .* \(4,\)"),
+    "slots-heads": ({"slots": SLOTS[:, :3]}, r"a number for each head, \[B, Hq\] = \[2, 4\], but it is \(2, 3\)"),
+    "slots-strides": ({"slots": SLOTS.mT.contiguous().mT}, r"slots must be contiguous .* strides \(1, 2\)"),
+    "slots-masks": ({"slots": SLOTS, "mask": torch.zeros(2, 5, 3, 4).int()}, "5 masks for 4 heads, by mask .* fewer"),
+    "slots-words": ({"slots": SLOTS, "mask": torch.zeros(2, 2, 3, 8).int()}, r"need \(2, 2, 3, 4\)"),
+}
 BEGIN_ONLY = {
     "refresh-number": ({"refresh": torch.tensor(1)}, r"refresh must be a bool scalar .*, got torch.int64 \(\)"),
     "refresh-vector": ({"refresh": torch.ones(2).bool()}, r"refresh must be a bool scalar on cpu, got .* \(2,\)"),
@@ -378,6 +398,10 @@ BEGIN_ONLY = {
 OBSERVED_ONLY = {
     "due": ({"due": torch.tensor(1)}, r"due must be a bool scalar .*, got torch.int64 \(\)"),
     "lse-dtype": ({"lse": torch.zeros(2, 4, 40).double()}, r"lse must be float32 \(2, 4, 40\), .*got torch.float64"),
+    "slots-by-head": (
+        {"slots": SLOTS, "head_density": [0.1] * 4, "mask": torch.zeros(2, 2, 3, 4).int()},
+        r"head_density=\[0.1, .* with slots: heads that share a mask keep one share; give density",
+    ),
     "lse-heads": ({"lse": torch.zeros(2, 2, 40)}, r"lse must be .* got torch.float32 \(2, 2, 40\)"),
 }
 ATTENTION_ONLY = {
@@ -408,13 +432,13 @@ def _bad_call(op, changes):
         tensors.pop("v")
     elif op is ops.begin_observed_:
         usual = {"mask": torch.zeros(2, 4, 3, 4).int(), "refresh": torch.tensor(True)}
-        usual |= {"drift": torch.zeros(3), "bound": 0.1}
+        usual |= {"drift": torch.zeros(3), "bound": 0.1, "slots": None}
         tensors.pop("v")
     elif op is ops.update_observed_:
         usual = {"reduce": "sum", "top_p": 0.9, "density": None, "max_density": 1.0, "dense_keys": []}
         usual |= {"dense_queries": [], "due": torch.tensor(True), "mask": torch.zeros(2, 4, 3, 4).int()}
         usual |= {"lse": torch.zeros(tensors["q"].shape[:3]), "drift": torch.zeros(3)}
-        usual |= {"head_density": None}
+        usual |= {"head_density": None, "slots": None}
         tensors.pop("v")
     else:
         usual = {"mask": torch.zeros(2, 4, 3, 4, dtype=torch.int32), "tail": "none", "kernel_name": "auto"}
@@ -426,10 +450,10 @@ ERRORS = [
     pytest.param(op, *row, id=f"{op._opname}-{name}")
     for op, tables in (
         (ops.select_pooled, (BOTH, SELECT_ONLY)),
-        (ops.begin_observed_, (BOTH, STATE, BEGIN_ONLY)),
+        (ops.begin_observed_, (BOTH, STATE, SHARED, BEGIN_ONLY)),
         (
             ops.update_observed_,
-            (BOTH, {k: v for k, v in SELECT_ONLY.items() if k not in POOLED_ONLY}, STATE, OBSERVED_ONLY),
+            (BOTH, {k: v for k, v in SELECT_ONLY.items() if k not in POOLED_ONLY}, STATE, SHARED, OBSERVED_ONLY),
         ),
         (ops.attention, (BOTH, ATTENTION_ONLY)),
     )
@@ -447,6 +471,8 @@ def test_error(op, changes, message):
 def test_good_calls_raise_nothing():
     for op in (ops.select_pooled, ops.begin_observed_, ops.update_observed_, ops.attention):
         _bad_call(op, {})
+    for op in (ops.begin_observed_, ops.update_observed_):
+        _bad_call(op, {"slots": SLOTS.clone(), "mask": torch.zeros(2, 2, 3, 4).int()})
 
 
 def test_error_is_seen_while_tracing():

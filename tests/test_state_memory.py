@@ -3,6 +3,7 @@
 # ruff: noqa: E501  (a line of the text of a graph is a node, however long)
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -156,7 +157,7 @@ def test_state_bytes_bound_the_device():
     with torch.no_grad(), fg_inductor.denoising(model) as run:
         denoise([model], after=lambda i: run.step())
     (row,) = fg_inductor.report()
-    assert row.held == state.Held(MASK * 3 * 2, n=8, refreshes=3 * 2)
+    assert row.held == state.Held(MASK * 3 * 2, 8, 3 * 2, heads=2, masks=2, in_host_memory=True)
     assert "masks held in host memory: 0.00154 MB at 16x8, 6 refreshes" in str(fg_inductor.report())
     assert row.to_dict()["settings"]["state_memory"] == "host"
 
@@ -166,7 +167,7 @@ def test_state_bytes_bound_the_device():
 ])  # fmt: skip
 def test_nothing_is_copied_ahead_where_cuda_graphs_replay(memory, mode, told, monkeypatch):
     seen = []
-    monkeypatch.setattr(forms, "add_state", lambda *args: seen.append(args[3:]) or add_state(*args))
+    monkeypatch.setattr(forms, "add_state", lambda *args: seen.append(args[4:]) or add_state(*args))
     model = compile_whole(Guided(1), {**OBSERVED, "mode": mode, "fgattn.state_memory": memory})
     with torch.no_grad(), fg_inductor.denoising(model):
         model(tokens(), tokens(1))
@@ -301,7 +302,7 @@ def test_equals_masks_on_the_gpu(compiled, mode, refresh):
     found, others, again, freed, other_rows = gpu_results(compiled, "host", mode, **{"fgattn.refresh": refresh})
     assert torch.equal(found, expected)
     assert len(masks) == 8 and all(torch.equal(a, b) for a, b in zip(masks, others, strict=True))
-    assert again == held and other_rows == rows
+    assert again == held and other_rows == [dataclasses.replace(row, in_host_memory=True) for row in rows]
     assert freed <= 2 * held / 8  # no more than the copy that is under way, and small change
     if mode == "default":
         assert counters["fgattn"]["fetched ahead"] == 8 * 10 - 9
@@ -309,3 +310,13 @@ def test_equals_masks_on_the_gpu(compiled, mode, refresh):
     else:
         assert "fetched ahead" not in counters["fgattn"]
         assert counters["inductor"]["cudagraph_skips"] == 0
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("compiled", [compile_whole, compile_blocks])
+def test_what_fits_nowhere_on_a_gpu_moves_to_host_memory(compiled):
+    """As fine as it was asked for: the results are those of masks on the GPU."""
+    expected, *_ = gpu_results(compiled, "device", "default")
+    found, _, _, _, rows = gpu_results(compiled, "device", "default", **{"fgattn.state_bytes": 1})
+    assert torch.equal(found, expected)
+    assert all(row.in_host_memory and row.n == 8 for row in rows)

@@ -30,6 +30,7 @@ from fg_inductor.kernels import (
     drift,
     group_means,
     observe,
+    observe_heads,
     select_cut,
     select_scores,
     work_order,
@@ -43,7 +44,7 @@ POINTERS = {
     "refresh_ptr": "*i1", "due_ptr": "*i1", "flag_ptr": "*i1", "mass_ptr": "*fp32", "part_ptr": "*fp32",
     "group_keys_ptr": "*fp32", "block_keys_ptr": "*fp32", "block_bias_ptr": "*fp32",
     "statistics_ptr": "*fp32", "dk_sum_ptr": "*fp32", "dv_sum_ptr": "*fp32", "dtail_k_ptr": "*fp32",
-    "dtail_v_ptr": "*fp32",
+    "dtail_v_ptr": "*fp32", "slots_ptr": "*i32", "joined_ptr": "*fp32",
 }  # fmt: skip
 TUPLES = {"shares": ("fp32",) * 3}
 FLOATS = ("scale", "qk_scale", "last_bias", "top_p", "alpha", "gamma", "bound")
@@ -209,7 +210,18 @@ def sampling(n: int, d: int) -> dict:
     options = drift.configuration(torch.bfloat16, d)
     constants = dict(D=d, BLOCK_D=triton.next_power_of_2(d), M=128, N=n, PRECISION="tf32", UNLESS=1)
     constants |= dict(SAMPLES=drift.SAMPLES, KEYS=drift.KEYS, HAS_BIAS=False, HAS_ORDER=True, bias_ptr=None)
+    constants |= dict(HAS_SLOTS=False, slots_ptr=None)
     return resources(drift._sample, f"128x{n} D {d} order", constants, **options)
+
+
+def sharing(heads: int) -> list[dict]:
+    """The kernels of ``observe_heads`` as their launcher configures them."""
+    constants = observe_heads.configuration(heads)
+    warps, side = constants.pop("num_warps"), constants["TILE"] * constants["TILES"]
+    return [
+        resources(observe_heads._agreement, f"{heads} heads", constants, num_warps=warps),
+        resources(observe_heads._merge, f"{heads} heads", dict(SIDE=side), num_warps=4 if side < 64 else side // 8),
+    ]
 
 
 def table() -> list[dict]:
@@ -245,6 +257,7 @@ def table() -> list[dict]:
     rows += [sampling(8, 128), sampling(1, 128)]
     rows += [observing(128, 8, 128), observing(128, 1, 128), observing(32, 8, 128), observing(128, 8, 64)]
     rows += [observing(128, 8, 128, bias=True, order=True, reduce="max"), observing(128, 128, 256)]
+    rows += [*sharing(12), *sharing(40), resources(observe_heads._join, "", dict(BLOCK=observe_heads.JOINED))]
     means = dict(D=128, BLOCK_D=128, POOL=16, BLOCK_R=8, N=8, BLOCK_G=16)
     means |= dict(HAS_ORDER=True, HAS_BIAS=False, BOOL=False, bias_ptr=None)
     for name, joined in (("", (0, 0)), (" gamma", (8, 1))):
