@@ -68,6 +68,8 @@ def test_report_states_the_bytes():
         denoise([model], after=lambda i: run.step())
     (row,) = fg_inductor.report()
     assert row.held == state.Held(MASK * 3 * 2, n=8, refreshes=3 * 2, heads=2, masks=2)  # layers, branches
-    assert row.to_dict()["held"] == {"bytes": row.held.bytes, "n": 8, "refreshes": 6, "heads": 2, "masks": 2}
+    assert row.to_dict()["held"] == {
+        "bytes": row.held.bytes, "n": 8, "refreshes": 6, "heads": 2, "masks": 2, "in_host_memory": False,
+    }  # fmt: skip
     assert "masks held: 0.00154 MB at 16x8, 6 refreshes" in str(fg_inductor.report())
     assert "observed 16x8, density 0.25, refreshed every 8" in str(fg_inductor.report())

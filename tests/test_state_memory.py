@@ -76,6 +76,8 @@ CASES = {
     "drift": {"fgattn.refresh": "drift 0.01", "fgattn.dense_first": 0.1},
     "once-tail-stats": {"fgattn.refresh": [], "fgattn.tail": "pooled", "fgattn.stats": True},
     "density-by-steps": {"fgattn.density": {0: 0.5, 0.5: 0.25}, "fgattn.refresh": "every 2"},
+    "shared": {"fgattn.heads_per_mask": 2, "fgattn.refresh": "every 3", "fgattn.stats": True},
+    "shared-drift": {"fgattn.heads_per_mask": 2, "fgattn.refresh": "drift 0.02"},
     "ordered": {"fgattn.token_grid": (2, 8, 8), "fgattn.refresh": "every 3"},
 }
 
@@ -215,10 +217,10 @@ class TestGraph(TestCase):
 %7 = .unflatten(%6, -1, (2, -1))
 %8 = .transpose(%7, 1, 2)
 %9 = fgattn.fetch.default(in5, True)
-%10 = fgattn.begin_observed_.default(%2, %5, %9, None, None, 0.125, 16, 8, 0, in6, None, None)
+%10 = fgattn.begin_observed_.default(%2, %5, %9, None, None, 0.125, 16, 8, 0, in6, None, None, None)
 %11 = fgattn.attention.default(%2, %5, %8, %9, None, None, 0.125, 16, 8, 'none', 0, 'auto')
 %12 = getitem(%11, 1)
-%13 = fgattn.update_observed_.default(%2, %5, %12, %9, None, None, 0.125, 16, 8, 'sum', 1.0, 0.25, 1.0, (), (), 0, %10, None, None)
+%13 = fgattn.update_observed_.default(%2, %5, %12, %9, None, None, 0.125, 16, 8, 'sum', 1.0, 0.25, 1.0, (), (), 0, %10, None, None, None)
 %14 = fgattn.put_back_.default(in5, %9, %10)
 %15 = getitem(%11, 0)
 %16 = .transpose(%15, 1, 2)
@@ -241,10 +243,10 @@ return (%18)""",
 %7 = .unflatten(%6, -1, (2, -1))
 %8 = .transpose(%7, 1, 2)
 %9 = fgattn.fetch.default(in5, False)
-%10 = fgattn.begin_observed_.default(%2, %5, %9, None, None, 0.125, 16, 8, 0, in7, in6, 0.1)
+%10 = fgattn.begin_observed_.default(%2, %5, %9, None, None, 0.125, 16, 8, 0, in7, in6, 0.1, None)
 %11 = fgattn.attention.default(%2, %5, %8, %9, None, None, 0.125, 16, 8, 'none', 0, 'auto')
 %12 = getitem(%11, 1)
-%13 = fgattn.update_observed_.default(%2, %5, %12, %9, None, None, 0.125, 16, 8, 'sum', 1.0, 0.25, 1.0, (), (), 0, %10, in6, None)
+%13 = fgattn.update_observed_.default(%2, %5, %12, %9, None, None, 0.125, 16, 8, 'sum', 1.0, 0.25, 1.0, (), (), 0, %10, in6, None, None)
 %14 = fgattn.put_back_.default(in5, %9, %10)
 %15 = getitem(%11, 0)
 %16 = .transpose(%15, 1, 2)
