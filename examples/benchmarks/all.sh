@@ -45,8 +45,13 @@ quality() {
     --methods "${methods[@]}" dfs
 }
 observed() {
+  bench observed --slice 128x8 128x16 128x1 64x8 --json "$OUT/observed_masks.json"
   mini quality_refresh_period --steps 32 --source gh_sam2_01_dog --seeds 0 1 --density 0.15 0.3 \
     --methods means observed "observed, every 8" "observed, every 16" "observed, once"
+  local fewer=(--source gh_sam2_01_dog kivy_cityCC0 --seeds 0 1 --density 0.15 0.3
+    --methods observed "observed, 2 heads a mask" "observed, 128x32")
+  drawn quality_state_tiny --steps 16 --dense-first 0.1875 "${fewer[@]}"
+  mini quality_state_mini --steps 20 "${fewer[@]}" "observed, 4 heads a mask" "observed, 128x64"
 }
 peers() {
   bench peers --density 0.1 0.3 --json "$OUT/peers.json" --png examples/assets/peers.png
