@@ -31,7 +31,7 @@ from fg_inductor.settings import BY_HEAD, Settings
 LADDER = tuple(round(2 ** (-i / 4), 3) for i in range(1, 21))
 # Sparse attention of so many pairs costs what dense attention does, its selection included (README, "Measured").
 DENSE_ABOVE = 0.85
-MEASURED_WITH = ("mask", "slice", "pool", "reduce", "gamma", "tail")
+MEASURED_WITH = ("mask", "slice", "pool", "reduce", "gamma", "tail", "time_step")
 FOUND = ("density", "top_p", "max_density", "alpha", "sites")
 NEVER_SPARSE = 1 << 62  # a min_seq
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 # What an entry may hold beside "dense". The rest is decided for a whole graph.
-NAMES = ("density", "top_p", "max_density", "alpha", "slice", "pool", "reduce", "gamma", "tail")
+NAMES = ("density", "top_p", "max_density", "alpha", "slice", "pool", "reduce", "gamma", "tail", "time_step")
 RULES = ("density", "top_p", "alpha")  # each says how much to keep: one that an entry gives replaces the others
 HEADER = ("sites", "options", "error", "inputs")
 

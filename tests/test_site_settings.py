@@ -117,6 +117,13 @@ def test_slice_of_a_site_has_its_own_order():
     ]
 
 
+def test_time_step_of_a_site_has_its_own_order():
+    sites = parse({"blocks.1": {"time_step": 2}}).sites
+    done = run_pass(Stack(3), (tokens(),), sites=sites, token_grid=(2, 8, 8))
+    first, second, third = (x["order"] for x in done.attention())
+    assert first is third is not second and second.args[-1] == 2.0 and len(first.args) == 7
+
+
 def test_densities_of_another_model_are_refused():
     done = run_pass(Stack(1), (tokens(),), sites=parse({"*": {"density": [0.1, 0.2, 0.3]}}).sites)
     (site,) = done.sites

@@ -55,6 +55,14 @@ observed() {
 }
 peers() {
   bench peers --density 0.1 0.3 --json "$OUT/peers.json" --png examples/assets/peers.png
+  # and on q, k and v of a trained model
+  local qkv frames=16 side=192
+  qkv=$(mktemp --suffix .safetensors)
+  if [[ ${MINI:-} ]]; then frames=17 side=256; fi
+  python -P examples/quality.py ${MINI:+--weights "$MINI"} --frames $frames --side $side --layer 1 --qkv "$qkv"
+  bench peers --density 0.1 0.2 0.3 --qkv "$qkv" --grid $frames $((side / 8)) $((side / 8)) --order \
+    --json "$OUT/peers_trained.json"
+  rm "$qkv"
 }
 cost() {
   bench cost --anew --json "$OUT/cost.json"
