@@ -127,8 +127,10 @@ def between(high):
 
 
 def read_step(value):
+    if isinstance(value, str) and value == "auto":
+        return value
     if isinstance(value, bool) or not isinstance(value, numbers.Real) or not 0 < value < math.inf:
-        raise ValueError("must be a positive number")
+        raise ValueError("must be a positive number or 'auto'")
     return float(value)
 
 

@@ -104,11 +104,11 @@ class Settings:
     token_grid: tuple[int, int, int] | str | None = _option(
         "auto", read_grid, "(T, H, W) of the video tokens, 'auto' (read off the graph), or None"
     )
-    time_step: float = _option(
+    time_step: float | str = _option(
         TIME,
         read_step,
         "steps in height or width that a step in time counts as, where tokens that are near each other share a slice: "
-        "less for videos with little motion",
+        "less for videos with little motion; 'auto': 0.125, 0.5 or 2 by the queries of each call, for 'pooled' masks",
     )
     min_seq: int = _option(4096, read_length, "tokens; sites with fewer queries or keys stay dense")
     dense_first: float = _option(

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from fg_inductor.kernels import ops, reference, reference_heads, reference_observed
+from fg_inductor.kernels.query_order import TIME
 from fg_inductor.settings import Settings
 
 
@@ -57,7 +58,15 @@ class EagerSchedule:
         order = None
         if isinstance(settings.token_grid, tuple):
             settings = settings.with_order(True)
-            order = ops.query_order(*settings.token_grid, 0, 0, settings.m, query.device, "rods", settings.time_step)
+            order = ops.query_order(
+                *settings.token_grid,
+                0,
+                0,
+                settings.m,
+                query.device,
+                "rods",
+                TIME if settings.time_step == "auto" else settings.time_step,
+            )
             if settings.n > 1:
                 key, value = (x[:, :, order.long()] for x in (key, value))
         settings = settings.with_order(False)

@@ -26,8 +26,9 @@ from fg_inductor.kernels.checks import (
     fail,
     joined_density,
 )
+from fg_inductor.kernels.choose_order import choose_order as choose_among_orders
 from fg_inductor.kernels.mask import slice_count, word_count
-from fg_inductor.kernels.query_order import TIME, kept_query_order
+from fg_inductor.kernels.query_order import TIME, kept
 
 # Inductor passes arguments that have a default by name, to functions of its own: none may be called ``kernel``.
 SCHEMAS = {
@@ -56,6 +57,7 @@ SCHEMAS = {
     "SymInt[] dense_queries) -> Tensor",
     "query_order": "(SymInt t, SymInt h, SymInt w, SymInt before, SymInt after, int m, Device device, "
     'str curve="rods", float time=0.5) -> Tensor',
+    "choose_order": "(Tensor q, SymInt t, SymInt h, SymInt w, SymInt before, SymInt after, int m) -> Tensor",
     "reorder": "(Tensor x, Tensor order, bool inverse=False) -> Tensor",
     "kept_density": "(Tensor mask, Tensor? key_bias, SymInt queries, SymInt keys, int m, int n) -> Tensor",
 }
@@ -459,10 +461,31 @@ def _query_order(t, h, w, before, after, m, device, curve="rods", time=TIME):
     check_order(m, curve, time)
     if min(t, h, w) <= 0 or min(before, after) < 0:
         fail("query_order", f"token grid {(t, h, w)}, {before} tokens before and {after} after; give positive sizes.")
-    return kept_query_order(t, h, w, before, after, m, device, curve, time)
+    return kept(t, h, w, before, after, m, device, curve, (time,))[0]
 
 
 torch.library.impl("fgattn::query_order", "CompositeExplicitAutograd", _query_order)
+
+
+# choose_order
+
+
+@torch.library.register_fake("fgattn::choose_order")
+def _choose_order_fake(q, t, h, w, before, after, m):
+    check_order(m, "rods", TIME)
+    return torch.empty(before + t * h * w + after, dtype=torch.int32, device=q.device)
+
+
+def _choose_order(q, t, h, w, before, after, m):
+    check_order(m, "rods", TIME)
+    if min(t, h, w) <= 0 or min(before, after) < 0 or before + t * h * w + after != q.shape[2]:
+        sizes = f"token grid {(t, h, w)}, {before} tokens before and {after} after"
+        fail("choose_order", f"{sizes}, for {q.shape[2]} queries; give the sizes that they have.")
+    return choose_among_orders(q, t, h, w, before, after, m)
+
+
+torch.library.impl("fgattn::choose_order", "CompositeExplicitAutograd", _choose_order)
+torch.library.register_autograd("fgattn::choose_order", lambda ctx, grad: (None,) * 7)
 
 
 # reorder
@@ -553,6 +576,7 @@ put_back_ = torch.ops.fgattn.put_back_.default
 expand_heads = torch.ops.fgattn.expand_heads.default
 attention = torch.ops.fgattn.attention.default
 query_order = torch.ops.fgattn.query_order.default
+choose_order = torch.ops.fgattn.choose_order.default
 reorder = torch.ops.fgattn.reorder.default
 select_dfs = torch.ops.fgattn.select_dfs.default
 select_static = torch.ops.fgattn.select_static.default

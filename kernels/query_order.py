@@ -178,19 +178,23 @@ def query_order(
 _kept: dict[tuple, Tensor] = {}
 
 
-def kept_query_order(
-    t: int, h: int, w: int, before: int, after: int, m: int, device: torch.device, curve: str = "rods",
-    time: float = TIME,
-) -> Tensor:  # fmt: skip
-    """``query_order``, made once for each set of arguments: every layer of every step asks for the same.
+def kept(
+    t: int, h: int, w: int, before: int, after: int, m: int, device: torch.device, curve: str, times: tuple[float, ...]
+) -> Tensor:
+    """``query_order`` for each of ``times``, [times, tokens]: made once for each set of arguments, since every layer of
+    every step asks for the same.
 
     What is kept lies in (pinned) host memory, 4 bytes a token, and a call is one copy. On the device it could not be
     kept: what is allocated while a CUDA graph is prepared belongs to that graph.
     """
-    key = (t, h, w, before, after, m, curve, time, device.type)
+
+    def made(on: torch.device) -> Tensor:
+        return torch.stack([query_order(t, h, w, before, after, m, on, curve, time) for time in times])
+
+    key = (t, h, w, before, after, m, curve, times, device.type)
     if key not in _kept:
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return query_order(t, h, w, before, after, m, device, curve, time)
-        order = query_order(t, h, w, before, after, m, torch.device("cpu"), curve, time)
-        _kept[key] = order.pin_memory() if device.type == "cuda" else order
+            return made(device)
+        orders = made(torch.device("cpu"))
+        _kept[key] = orders.pin_memory() if device.type == "cuda" else orders
     return _kept[key].to(device, non_blocking=True, copy=True)

@@ -243,7 +243,8 @@ class _Rewriter:
             return None
         details["token_grid"] = "x".join(str(x.size) for x in grid)
         options = selector.order_options(settings)
-        key = (graph, at, settings.m, options, value(q).device, *(x.key for x in (*grid, *text)))
+        chosen_by = q if selector.chooses_order(settings) else None
+        key = (graph, at, settings.m, options, chosen_by, value(q).device, *(x.key for x in (*grid, *text)))
         if key not in self.orders:
             sizes = [x.read(graph, node) for x in grid]
             for part in (of_queries[:at], of_queries[at + 1 :]):
@@ -251,8 +252,12 @@ class _Rewriter:
                 for x in part:
                     total = add(graph, total, x.read(graph, node), node)
                 sizes.append(total)
-            args = (*sizes, settings.m, value(q).device, *options)
-            self.orders[key] = call(graph, torch.ops.fgattn.query_order.default, args, node)
+            if chosen_by is None:
+                args = (*sizes, settings.m, value(q).device, *options)
+                self.orders[key] = call(graph, ops.query_order, args, node)
+            else:
+                details["order"] = "by the queries"
+                self.orders[key] = call(graph, ops.choose_order, (q, *sizes, settings.m), node)
         return self.orders[key]
 
 

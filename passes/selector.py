@@ -15,10 +15,15 @@ CURVES = {"dfs": "hilbert"}  # query order by selector; the others take rods
 REORDERED = ("pooled", "observed")
 
 
+def chooses_order(settings) -> bool:
+    """Whether the order follows from the queries of a call: a mask that is kept over calls needs one that stays."""
+    return settings.time_step == "auto" and settings.mask == "pooled"
+
+
 def order_options(settings) -> tuple:
     """What ``query_order`` takes behind its device: nothing where it is as always, so that graphs are short to read."""
     curve, time = CURVES.get(settings.mask, "rods"), settings.time_step
-    if time != TIME:
+    if time not in (TIME, "auto"):
         return curve, time
     return () if curve == "rods" else (curve,)
 

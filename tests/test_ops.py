@@ -77,6 +77,7 @@ def _every_call(case, dtype, wanted):
         ("attention_backward", torch.ops.fgattn.attention_backward.default, backward),
         ("kept_density", ops.kept_density, (mask, key_bias, case.queries, case.keys, m, n)),
         ("query_order", ops.query_order, (2, 5, 6, 3, 4, m, torch.device("cpu"), "hilbert")),
+        ("choose_order", ops.choose_order, (q, 1, 1, q.shape[2] - 5, 2, 3, m)),
         ("reorder", ops.reorder, (k, torch.arange(k.shape[2], dtype=torch.int32).flip(0))),
     )
 
@@ -295,6 +296,7 @@ def test_symbolic_sizes_get_no_guard(tail):
         dq, *_ = torch.autograd.grad(out, (q, k, v), torch.ones_like(out))
         ops.kept_density(mask, key_bias, q.shape[2], k.shape[2], 16, 8)
         ops.query_order(q.shape[0], q.shape[1], q.shape[2], 0, k.shape[2], 16, torch.device("cpu"))
+        ops.choose_order(q, q.shape[0], 1, 1, 0, k.shape[2], 16)
     assert [str(guard.expr) for guard in env.guards[before:]] == []
     assert [str(size) for size in dq.shape] == [str(size) for size in q.shape]
 
