@@ -56,6 +56,12 @@ def test_the_usual_order_where_queries_say_nothing(q):
     assert time_of(choose_order(q, *GRID, 0, 0, M)) == TIME
 
 
+@pytest.mark.parametrize("value", [0.0, float("nan")])
+def test_a_head_that_says_nothing_does_not_silence_the_others(value):
+    q = torch.cat([torch.full((1, 1, TOKENS, 32), value), queries(0.1)], 1)
+    assert time_of(choose_order(q, *GRID, 0, 0, M)) == 0.125
+
+
 def test_a_little_is_left_to_chance(monkeypatch):
     monkeypatch.setattr(module, "MARGIN", 100.0)
     assert time_of(choose_order(queries(0.1), *GRID, 0, 0, M)) == TIME
