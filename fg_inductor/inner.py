@@ -8,7 +8,7 @@ import torch
 from torch.fx import GraphModule
 
 from fg_inductor import kernels, passes
-from fg_inductor.kernels import ops
+from fg_inductor.kernels import ops, ops_observed
 from fg_inductor.passes import cache_key
 from fg_inductor.settings import Settings
 
@@ -52,6 +52,6 @@ def compile_graph(gm: GraphModule, example_inputs: Sequence[Any], inner: str, pa
     # Into Inductor's own table: with a table of ours, its caches would be off.
     with config.patch(patches):
         select_decomp_table().setdefault(ops.reorder, ops.reorder_decomposition)
-        select_decomp_table().setdefault(ops.expand_heads, ops.expand_heads_decomposition)
+        select_decomp_table().setdefault(ops.expand_heads, ops_observed.expand_heads_decomposition)
     # As patches and not in a ``with``: backward is compiled later, and must see them too.
     return compile_fx(gm, example_inputs, config_patches=PATCHES | patches)

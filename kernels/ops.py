@@ -1,4 +1,4 @@
-"""Operator contracts: schema, checks, shape rule, one implementation per device. Imports torch only.
+"""Operator contracts: checks, shape rule, one implementation per device; schemas in ``contracts``. Imports torch only.
 
 The CUDA implementations are imported when they first run, so that a graph can be traced, and the reference run, on a
 machine without Triton. Shapes: B batch, Hq query heads, Hkv KV heads (query head h uses KV head h // (Hq / Hkv)), Sq
@@ -9,16 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fg_inductor.kernels import choice, reference, reference_observed, reference_select
+from fg_inductor.kernels import choice, ops_observed, reference, reference_select
 from fg_inductor.kernels.checks import (
     check_attention,
-    check_begin,
     check_dfs,
-    check_expand,
-    check_fetch,
-    check_observed,
     check_order,
-    check_put_back,
     check_ranges,
     check_reorder,
     check_select,
@@ -27,48 +22,9 @@ from fg_inductor.kernels.checks import (
     joined_density,
 )
 from fg_inductor.kernels.choose_order import choose_order as choose_among_orders
+from fg_inductor.kernels.contracts import unit_stride
 from fg_inductor.kernels.mask import slice_count, word_count
 from fg_inductor.kernels.query_order import TIME, kept
-
-# Inductor passes arguments that have a default by name, to functions of its own: none may be called ``kernel``.
-SCHEMAS = {
-    "select_pooled": "(Tensor q, Tensor k, Tensor? key_bias, Tensor? order, float scale, int m, int n, int pool, "
-    "float top_p, float? density, float max_density, SymInt[] dense_keys, SymInt[] dense_queries, SymInt min_seq, "
-    'str reduce="sum", float? gamma=None, float? alpha=None, float[]? head_density=None) -> Tensor',
-    "begin_observed_": "(Tensor q, Tensor k, Tensor(a!) mask, Tensor? key_bias, Tensor? order, float scale, int m, "
-    "int n, SymInt min_seq, Tensor refresh, Tensor(b!)? drift=None, float? bound=None, Tensor? slots=None) -> Tensor",
-    "update_observed_": "(Tensor q, Tensor k, Tensor lse, Tensor(a!) mask, Tensor? key_bias, Tensor? order, "
-    "float scale, int m, int n, str reduce, float top_p, float? density, float max_density, SymInt[] dense_keys, "
-    "SymInt[] dense_queries, SymInt min_seq, Tensor due, Tensor(b!)? drift=None, float[]? head_density=None, "
-    "Tensor(c!)? slots=None) -> ()",
-    "expand_heads": "(Tensor mask, Tensor slots) -> Tensor",
-    "fetch": "(Tensor mask, bool ahead=True) -> Tensor",
-    "put_back_": "(Tensor(a!) mask, Tensor staged, Tensor due) -> ()",
-    "attention": "(Tensor q, Tensor k, Tensor v, Tensor mask, Tensor? key_bias, Tensor? order, float scale, "
-    'int m, int n, str tail, SymInt min_seq, str kernel_name="auto") -> (Tensor out, Tensor lse)',
-    "attention_backward": "(Tensor dout, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, Tensor mask, "
-    "Tensor? key_bias, Tensor? order, float scale, int m, int n, str tail, SymInt min_seq, "
-    'bool[3] wanted=[True, True, True], str kernel_name="auto") -> (Tensor dq, Tensor dk, Tensor dv)',
-    "select_dfs": "(Tensor q, Tensor k, Tensor? key_bias, Tensor order, float scale, int m, int n, float? density, "
-    "float[]? head_density=None) -> Tensor",
-    "select_static": "(Tensor q, Tensor k, Tensor order, int m, int n, SymInt[] grid, SymInt before, int[] tile, "
-    "int[] window, float radius, SymInt[] ranges) -> Tensor",
-    "keep_dense": "(Tensor mask, Tensor? order, SymInt queries, SymInt keys, int m, int n, SymInt[] dense_keys, "
-    "SymInt[] dense_queries) -> Tensor",
-    "query_order": "(SymInt t, SymInt h, SymInt w, SymInt before, SymInt after, int m, Device device, "
-    'str curve="rods", float time=0.5) -> Tensor',
-    "choose_order": "(Tensor q, SymInt t, SymInt h, SymInt w, SymInt before, SymInt after, int m) -> Tensor",
-    "reorder": "(Tensor x, Tensor order, bool inverse=False) -> Tensor",
-    "kept_density": "(Tensor mask, Tensor? key_bias, SymInt queries, SymInt keys, int m, int n) -> Tensor",
-}
-for _name, _schema in SCHEMAS.items():
-    torch.library.define(f"fgattn::{_name}", _schema, tags=(torch.Tag.needs_exact_strides, torch.Tag.pt2_compliant_tag))
-
-
-def _unit_stride(*tensors):
-    """Kernels take any strides but a contiguous last dimension."""
-    return (t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
-
 
 # select_pooled
 
@@ -106,7 +62,7 @@ def _select_pooled(select):
 def _select_pooled_cuda(q, k, *rest):
     from fg_inductor.kernels import select_pooled
 
-    return select_pooled.launch(*_unit_stride(q, k), *rest)
+    return select_pooled.launch(*unit_stride(q, k), *rest)
 
 
 torch.library.impl("fgattn::select_pooled", "CPU", _select_pooled(reference_select.select_pooled))
@@ -170,163 +126,6 @@ for _name, _run, _inputs in (
     torch.library.register_autograd(f"fgattn::{_name}", lambda ctx, grad, inputs=_inputs: (None,) * inputs)
 
 
-# begin_observed_, update_observed_: before and behind the attention of a step
-
-
-@torch.library.register_fake("fgattn::begin_observed_")
-def _begin_observed_fake(
-    q, k, mask, key_bias, order, scale, m, n, min_seq, refresh, drift=None, bound=None, slots=None
-):  # fmt: skip
-    check_begin(q, k, mask, key_bias, order, m, n, refresh, drift, bound, slots)
-    return torch.empty_like(refresh)
-
-
-def _begin_observed(begin):
-    def run(q, k, mask, key_bias, order, scale, m, n, min_seq, refresh, drift=None, bound=None, slots=None):
-        check_begin(q, k, mask, key_bias, order, m, n, refresh, drift, bound, slots)
-        if min(q.shape[2], k.shape[2]) < min_seq:  # attention is dense, whatever the mask
-            return refresh.clone()
-        return begin(q, k, mask, key_bias, order, scale, m, n, refresh, drift, bound, slots)
-
-    return run
-
-
-def _begin_observed_cuda(q, k, mask, key_bias, order, scale, m, n, refresh, drift, bound, slots):
-    from fg_inductor.kernels import drift as drifting
-    from fg_inductor.kernels import observe
-
-    if drift is not None:
-        q, k = _unit_stride(q, k)
-        refresh = drifting.decide(q, k, mask, key_bias, order, scale, m, n, refresh, drift, bound, slots)
-    return observe.launch_begin(mask, k.shape[2], n, refresh)
-
-
-@torch.library.register_fake("fgattn::update_observed_")
-def _update_observed_fake(
-    q, k, lse, mask, key_bias, order, scale, m, n, reduce, top_p, density, max_density, dense_keys, dense_queries,
-    min_seq, due, drift=None, head_density=None, slots=None,
-):  # fmt: skip
-    density = joined_density("update_observed_", density, head_density)
-    selection = (reduce, top_p, density, max_density, dense_keys, dense_queries)
-    check_observed(q, k, lse, mask, key_bias, order, m, n, *selection, due, drift, slots)
-
-
-def _update_observed(observe):
-    def run(
-        q, k, lse, mask, key_bias, order, scale, m, n, reduce, top_p, density, max_density, dense_keys, dense_queries,
-        min_seq, due, drift=None, head_density=None, slots=None,
-    ):  # fmt: skip
-        density = joined_density("update_observed_", density, head_density)
-        selection = (reduce, top_p, density, max_density, list(dense_keys), list(dense_queries))
-        check_observed(q, k, lse, mask, key_bias, order, m, n, *selection, due, drift, slots)
-        if min(q.shape[2], k.shape[2]) >= min_seq:
-            observe(q, k, lse, mask, key_bias, order, scale, m, n, *selection, due, drift, slots)
-
-    return run
-
-
-def _update_observed_cuda(q, k, lse, mask, *rest):
-    from fg_inductor.kernels import drift as drifting
-    from fg_inductor.kernels import observe, observe_heads
-
-    *arguments, due, drift, slots = rest
-    q, k = _unit_stride(q, k)
-    if slots is None:
-        observe.launch(q, k, lse, mask, *arguments, due)
-    else:
-        observe_heads.launch(q, k, lse, mask, *arguments, due, slots)
-    if drift is not None:
-        drifting.note(q, k, mask, *arguments[:5], due, drift, slots)
-
-
-torch.library.impl("fgattn::begin_observed_", "CPU", _begin_observed(reference_observed.begin_observed))
-torch.library.impl("fgattn::begin_observed_", "CUDA", _begin_observed(_begin_observed_cuda))
-torch.library.impl("fgattn::update_observed_", "CPU", _update_observed(reference_observed.update_observed))
-torch.library.impl("fgattn::update_observed_", "CUDA", _update_observed(_update_observed_cuda))
-
-
-# fetch, put_back_: a mask in host memory, around what stands before and behind the attention of a step
-
-
-@torch.library.register_fake("fgattn::fetch")
-def _fetch_fake(mask, ahead=True):
-    check_fetch("fetch", mask)
-    return torch.empty_like(mask, memory_format=torch.contiguous_format)
-
-
-def _fetch(fetch):
-    def run(mask, ahead=True):
-        check_fetch("fetch", mask)
-        return fetch(mask, ahead)
-
-    return run
-
-
-def _fetch_cpu(mask, ahead):
-    return reference_observed.fetch(mask)
-
-
-def _fetch_cuda(mask, ahead):
-    from fg_inductor.kernels import fetch
-
-    return fetch.launch(mask, ahead)
-
-
-@torch.library.register_fake("fgattn::put_back_")
-def _put_back_fake(mask, staged, due):
-    check_put_back(mask, staged, due)
-
-
-def _put_back(put_back):
-    def run(mask, staged, due):
-        check_put_back(mask, staged, due)
-        if not mask.is_contiguous():
-            fail("put_back_", f"mask must be contiguous, but has strides {mask.stride()}.")
-        put_back(mask, staged, due)
-
-    return run
-
-
-def _put_back_cpu(mask, staged, due):
-    reference_observed.put_back(mask, staged, due)
-
-
-def _put_back_cuda(mask, staged, due):
-    from fg_inductor.kernels import put_back
-
-    put_back.launch(mask, staged.contiguous(), due)
-
-
-torch.library.impl("fgattn::fetch", "CPU", _fetch(_fetch_cpu))
-torch.library.impl("fgattn::fetch", "CUDA", _fetch(_fetch_cuda))
-torch.library.impl("fgattn::put_back_", "CPU", _put_back(_put_back_cpu))
-torch.library.impl("fgattn::put_back_", "CUDA", _put_back(_put_back_cuda))
-
-
-# expand_heads
-
-
-@torch.library.register_fake("fgattn::expand_heads")
-def _expand_heads_fake(mask, slots):
-    check_expand(mask, slots)
-    return mask.new_empty(mask.shape[0], slots.shape[1], *mask.shape[2:])
-
-
-def _expand_heads(mask, slots):
-    check_expand(mask, slots)
-    return expand_heads_decomposition(mask, slots).contiguous()
-
-
-def expand_heads_decomposition(mask: Tensor, slots: Tensor) -> Tensor:
-    """``fgattn::expand_heads`` in aten, for compilers: one kernel that copies."""
-    entry = torch.arange(mask.shape[0], device=mask.device)[:, None]
-    return torch.ops.aten.index.Tensor(mask, [entry, slots])
-
-
-torch.library.impl("fgattn::expand_heads", "CompositeExplicitAutograd", _expand_heads)
-torch.library.register_autograd("fgattn::expand_heads", lambda ctx, grad: (None,) * 2)
-
-
 # attention
 
 
@@ -355,7 +154,7 @@ def _dense(q, k, v, key_bias, scale):
 
 def attention_kernel(q, k, v, mask, key_bias, order, scale, m, n, tail, min_seq, kernel_name="auto") -> str:
     """What runs these arguments where it is not dense: ``kernels.choice``. Fake tensors will do."""
-    return choice.choose(kernel_name, *_unit_stride(q, k, v), mask, key_bias, order, scale, m, n, tail)
+    return choice.choose(kernel_name, *unit_stride(q, k, v), mask, key_bias, order, scale, m, n, tail)
 
 
 # The dispatcher leaves out an argument that equals its default.
@@ -363,7 +162,7 @@ def _attention(q, k, v, mask, key_bias, order, scale, m, n, tail, min_seq, kerne
     check_attention(q, k, v, mask, key_bias, order, m, n, tail, kernel_name)
     if min(q.shape[2], k.shape[2]) < min_seq:
         return _dense(q, k, v, key_bias, scale)
-    arguments = (*_unit_stride(q, k, v), mask, key_bias, order, scale, m, n, tail)
+    arguments = (*unit_stride(q, k, v), mask, key_bias, order, scale, m, n, tail)
     chosen = choice.choose(kernel_name, *arguments)
     if chosen == "reference":
         return reference.attention(*arguments)
@@ -569,11 +368,11 @@ for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
     _register_autocast("reorder", 1, _device, _key)
 
 select_pooled = torch.ops.fgattn.select_pooled.default
-begin_observed_ = torch.ops.fgattn.begin_observed_.default
-update_observed_ = torch.ops.fgattn.update_observed_.default
-fetch = torch.ops.fgattn.fetch.default
-put_back_ = torch.ops.fgattn.put_back_.default
-expand_heads = torch.ops.fgattn.expand_heads.default
+begin_observed_ = ops_observed.begin_observed_
+update_observed_ = ops_observed.update_observed_
+fetch = ops_observed.fetch
+put_back_ = ops_observed.put_back_
+expand_heads = ops_observed.expand_heads
 attention = torch.ops.fgattn.attention.default
 query_order = torch.ops.fgattn.query_order.default
 choose_order = torch.ops.fgattn.choose_order.default

@@ -11,7 +11,7 @@ import pytest
 import torch
 from test_observe import DTYPES, arguments, dense_lse, dense_mass
 
-from fg_inductor.kernels import ops, reference, reference_heads, reference_observed
+from fg_inductor.kernels import ops, ops_observed, reference, reference_heads, reference_observed
 from fg_inductor.kernels.mask import group_count, slice_count, unpack, word_count
 from fg_inductor.testing_selection import SelectionCase as Case
 from fg_inductor.testing_selection import assert_differs_at_the_cut_only
@@ -364,7 +364,7 @@ def test_steps(inner):
     if inner is not None:
         from torch._inductor.decomposition import select_decomp_table
 
-        select_decomp_table().setdefault(ops.expand_heads, ops.expand_heads_decomposition)
+        select_decomp_table().setdefault(ops.expand_heads, ops_observed.expand_heads_decomposition)
         run = torch.compile(run, backend=inner, fullgraph=True)
     mask, slots = state(case, 2)
     addresses = mask.data_ptr(), slots.data_ptr()

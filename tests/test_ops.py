@@ -11,6 +11,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 
 from fg_inductor.kernels import ops, reference
 from fg_inductor.kernels.checks import TAILS
+from fg_inductor.kernels.contracts import SCHEMAS
 from fg_inductor.kernels.mask import unpack
 from fg_inductor.testing import assert_as_accurate, make_key_bias, make_qkv, random_mask
 from fg_inductor.testing_cases import Case, reference_gradients, reference_result
@@ -82,7 +83,7 @@ def _every_call(case, dtype, wanted):
     )
 
 
-NAMES = tuple(ops.SCHEMAS)
+NAMES = tuple(SCHEMAS)
 
 
 @problems
@@ -301,16 +302,6 @@ def test_symbolic_sizes_get_no_guard(tail):
     assert [str(size) for size in dq.shape] == [str(size) for size in q.shape]
 
 
-def test_query_order_compiles():
-    def order(x, h):
-        return x[:, ops.query_order(x.shape[0], h, 6, 1, 2, 16, x.device)]
-
-    compiled = torch.compile(order, fullgraph=True, backend="aot_eager", dynamic=True)
-    for t, h in ((2, 4), (3, 5)):
-        x = torch.randn(t, t * h * 6 + 3)
-        assert torch.equal(compiled(x, h), order(x, h))
-
-
 @pytest.mark.gpu
 def test_strided_head_dim_is_taken(device):
     q, k, v = (x.repeat_interleave(2, -1)[..., ::2] for x in make_qkv(queries=150, dtype=torch.bfloat16, device=device))
@@ -481,17 +472,6 @@ def test_error_is_seen_while_tracing():
     compiled = torch.compile(lambda: _bad_call(ops.attention, {"m": 48}), backend="eager")
     with pytest.raises(Exception, match="m=48 queries a slice"):
         compiled()
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [({"m": 8}, "m=8 queries a slice"), ({"h": 0}, r"token grid \(2, 0, 3\)"), ({"before": -1}, "-1 tokens before")],
-    ids=str,
-)
-def test_query_order_error(changes, message):
-    arguments = {"t": 2, "h": 3, "w": 3, "before": 0, "after": 0, "m": 16, "device": torch.device("cpu")}
-    with pytest.raises(ValueError, match=f"fgattn::query_order: .*{message}"):
-        ops.query_order(**arguments | changes)
 
 
 @pytest.mark.gpu

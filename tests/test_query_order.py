@@ -261,3 +261,24 @@ def test_an_order_in_a_cuda_graph(made):
 def test_time_counts(time):
     with pytest.raises(ValueError, match="more than none"):
         ops.query_order(3, 5, 7, 0, 0, 128, torch.device("cpu"), "rods", time)
+
+
+def test_query_order_compiles():
+    def order(x, h):
+        return x[:, ops.query_order(x.shape[0], h, 6, 1, 2, 16, x.device)]
+
+    compiled = torch.compile(order, fullgraph=True, backend="aot_eager", dynamic=True)
+    for t, h in ((2, 4), (3, 5)):
+        x = torch.randn(t, t * h * 6 + 3)
+        assert torch.equal(compiled(x, h), order(x, h))
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [({"m": 8}, "m=8 queries a slice"), ({"h": 0}, r"token grid \(2, 0, 3\)"), ({"before": -1}, "-1 tokens before")],
+    ids=str,
+)
+def test_query_order_error(changes, message):
+    arguments = {"t": 2, "h": 3, "w": 3, "before": 0, "after": 0, "m": 16, "device": torch.device("cpu")}
+    with pytest.raises(ValueError, match=f"fgattn::query_order: .*{message}"):
+        ops.query_order(**arguments | changes)

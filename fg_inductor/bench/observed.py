@@ -12,8 +12,8 @@ For each --slice and --density a row for each kind of "work":
     put back     and what writes it there again
 
 "of dense" is the share of cuDNN's dense attention, timed before and after each row. Queries, keys and values are
-random, in BSHD storage, in sets that fill the L2 cache twice. The last two kinds take the device some microseconds, and
-Python longer: they are timed as a CUDA graph of many.
+random, in BSHD storage, in sets that fill the L2 cache twice. "other step" and "drift" take the device some
+microseconds, and Python longer: they are timed as a CUDA graph of many.
 """
 
 import argparse
