@@ -20,6 +20,8 @@ attention() {
 selection() {
   bench attention --slice 128x1 128x8 128x16 64x1 16x16 64x64 --density 0.3 --phases \
     --json "$OUT/attention_hopper_selection.json"
+  bench attention --preset wan2.1-14b-720p --slice 128x1 128x8 128x16 64x64 --density 0.3 --phases \
+    --json "$OUT/attention_hopper_selection_14b-720p.json"
 }
 training() {
   bench training --parts attention --slice 128x1 128x8 128x16 128x64 --density 0.3 --json "$OUT/training_attention.json"
