@@ -21,7 +21,15 @@ def timed(monkeypatch):
             call()
         return Timing(2.0, 0, 0)
 
+    graphs = []
+
+    def measure_graph(calls, turns):
+        graphs.append(turns)
+        return measure(calls)
+
     monkeypatch.setattr(observed, "measure", measure)
+    monkeypatch.setattr(observed, "measure_graph", measure_graph)
+    return graphs
 
 
 def test_what_each_step_does_to_the_mask():
@@ -45,6 +53,7 @@ def test_rows(timed):
     found = list(observed.rows(args, "cpu"))
     assert [row["work"] for row in found] == [*WORK, *WORK]
     assert [row["slice"] for row in found] == ["128x8"] * 6 + ["64x1"] * 6
+    assert timed == [observed.MANY] * 4  # the two short kinds of work of each slice, and nothing else
     assert all(row["of dense"] == 1.0 and row["shape"] == [1, 2, 256, 16] for row in found)
 
 

@@ -120,6 +120,20 @@ def measure(calls: Sequence[Callable[[], Any]], warmup_ms: float = 25, repeat_ms
     return Timing(statistics.median(times), p20, p80)
 
 
+def measure_graph(calls: Sequence[Callable[[], Any]], turns: int) -> Timing:
+    """``measure`` for calls that Python may launch slower than the device runs them: ``turns`` of each as a CUDA graph.
+
+    Times are of one call; their spread is that of averages.
+    """
+    for call in calls:  # whatever is compiled at the first call, which no graph may hold
+        call()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in [*calls] * turns:
+            call()
+    return Timing(*(ms / (len(calls) * turns) for ms in measure([graph.replay])))
+
+
 def _elapsed(turns: Iterator[Callable[[], Any]], count: int) -> list[float]:
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
     for start, end in events:
@@ -133,6 +147,16 @@ def _elapsed(turns: Iterator[Callable[[], Any]], count: int) -> list[float]:
 def sets_past_l2(bytes_of_one: int) -> int:
     """How many sets of inputs of that size are twice the L2 cache."""
     return math.ceil(2 * torch.cuda.get_device_properties().L2_cache_size / bytes_of_one)
+
+
+def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
+    """Bytes of device memory that ``run()`` allocates at most, its result included; None on CPU, which counts none."""
+    if device.type == "cpu":
+        return None
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    run()
+    return torch.cuda.max_memory_allocated() - before
 
 
 def save(records: list[dict], path: str | None) -> None:
@@ -166,9 +190,14 @@ def show(records: list[dict], columns: list[str]) -> None:
     print(tabulate([[r.get(c) for c in columns] for r in records], headers=columns, floatfmt=".4g"))
 
 
-def select(q: Tensor, k: Tensor, order: Tensor | None, m: int, n: int, density: float) -> Tensor:
-    """A mask as the backend's default selector makes it; q and k [B, H, S, D], ``order`` that of the queries."""
-    rule = (_queries_per_mean(m, n), 0.9, density, 1.0, [], [])
+def select(
+    q: Tensor, k: Tensor, order: Tensor | None, m: int, n: int, density: float | None, top_p: float = 1.0
+) -> Tensor:
+    """A mask as the backend's default selector makes it; q and k [B, H, S, D], ``order`` that of the queries.
+
+    It keeps ``density`` of the groups, or where that is None the fewest that hold ``top_p`` of the mass.
+    """
+    rule = (_queries_per_mean(m, n), top_p, density, 1.0, [], [])
     return ops.select_pooled(q, k, None, order, q.shape[-1] ** -0.5, m, n, *rule, 0)
 
 

@@ -32,6 +32,7 @@ from fg_inductor.bench.common import (
     environment,
     mask_slice,
     measure,
+    measure_graph,
     sets_past_l2,
     share,
     show,
@@ -67,14 +68,8 @@ def rows(args: argparse.Namespace, device: str = "cuda") -> Iterator[dict]:
     ]
 
     def timed(run: Callable, short: bool = False) -> Timing:
-        if not short or device == "cpu":
-            return measure([lambda qkv=qkv: run(*qkv) for qkv in inputs])
-        run(*inputs[0])
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            for qkv in inputs * MANY:
-                run(*qkv)
-        return Timing(*(ms / (len(inputs) * MANY) for ms in measure([graph.replay])))
+        calls = [lambda qkv=qkv: run(*qkv) for qkv in inputs]
+        return measure_graph(calls, MANY) if short else measure(calls)
 
     def dense_ms() -> float:
         with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
