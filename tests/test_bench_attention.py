@@ -7,8 +7,9 @@ import torch
 from safetensors.torch import save_file
 
 from fg_inductor.bench import attention
-from fg_inductor.bench.common import PRESETS, Timing, measure
+from fg_inductor.bench.common import PRESETS, Timing, measure, measure_graph, peak_bytes
 from fg_inductor.bench.masks import LISTS, make_mask
+from fg_inductor.kernels import ops
 from fg_inductor.kernels.mask import group_count, pack, unpack, word_count
 
 # Arguments
@@ -48,6 +49,9 @@ def test_several_of_everything():
         ("--qkv x.safetensors", "--qkv and --grid go together"),
         ("--qkv x.safetensors --grid 1 2 3 --baselines flex", "flex knows no query order"),
         ("--qkv x.safetensors --grid 1 2 3 --preset ltx-2b", "--qkv has its own sizes"),
+        ("--top-p 0.9", "--top-p is timed with the phases"),
+        ("--phases --top-p 90%", "'90%' is not a number in (0, 1]"),
+        ("--phases --top-p 0.8 0.9", "unrecognized arguments: 0.9"),
         ("--baselines fa4", "invalid choice: 'fa4'"),
         ("--out x.json", "unrecognized arguments: --out"),
     ],
@@ -120,31 +124,38 @@ def test_random_differs_between_slices():
 # Times
 
 
-@pytest.mark.parametrize(
-    ("cost", "repeats", "expected"),
-    [([40.0], 5, (40.0, 40.0, 40.0)), ([1.0, 3.0], 148, (2.0, 1.0, 3.0)), ([1e-3], 1000, (1e-3, 1e-3, 1e-3))],
-    ids=["slow", "in-turns", "fast"],
-)
-def test_measure(cost, repeats, expected, monkeypatch):
+@pytest.fixture
+def clock(monkeypatch):
     """A clock that only the calls move."""
-    clock, called = [0.0], []
+    now = [0.0]
 
     class Event:
         def __init__(self, enable_timing):
             pass
 
         def record(self):
-            self.at = clock[0]
+            self.at = now[0]
 
         def elapsed_time(self, end):
             return end.at - self.at
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    return now
+
+
+@pytest.mark.parametrize(
+    ("cost", "repeats", "expected"),
+    [([40.0], 5, (40.0, 40.0, 40.0)), ([1.0, 3.0], 148, (2.0, 1.0, 3.0)), ([1e-3], 1000, (1e-3, 1e-3, 1e-3))],
+    ids=["slow", "in-turns", "fast"],
+)
+def test_measure(cost, repeats, expected, clock):
+    called = []
 
     def call(i):
         called.append(i)
         clock[0] += cost[i]
 
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     timing = measure([lambda i=i: call(i) for i in range(len(cost))], warmup_ms=20, repeat_ms=148)
     assert timing == pytest.approx(expected)
     warmup = min(-(-20 // cost[0]), 1000)
@@ -152,12 +163,41 @@ def test_measure(cost, repeats, expected, monkeypatch):
     assert called == [i % len(cost) for i in range(len(called))]
 
 
+def test_measure_graph(clock, monkeypatch):
+    """Each call once before the graph, then in turns within it; what a replay takes is shared among them."""
+    called, graphs = [], []
+
+    class Graph:
+        def replay(self):
+            clock[0] += self.cost
+
+    class Capture:
+        def __init__(self, graph):
+            self.graph = graph
+
+        def __enter__(self):
+            graphs.append(len(called))
+            self.began = clock[0]
+
+        def __exit__(self, *failed):
+            self.graph.cost, clock[0] = clock[0] - self.began, self.began
+
+    def call(i):
+        called.append(i)
+        clock[0] += (1.0, 3.0)[i]
+
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", Capture)
+    assert measure_graph([lambda: call(0), lambda: call(1)], 3) == pytest.approx((2.0, 2.0, 2.0))
+    assert graphs == [2] and called == [0, 1] * 4
+
+
 # Rows
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """``measure`` runs each call once and takes 1 ms, one more each time."""
+    """``measure`` and ``measure_graph`` run each call once and take 1 ms, one more each time."""
     seen = []
 
     def measure(calls):
@@ -167,6 +207,7 @@ def calls(monkeypatch):
         return Timing(float(len(seen)), 0.5, 9.5)
 
     monkeypatch.setattr(attention, "measure", measure)
+    monkeypatch.setattr(attention, "measure_graph", lambda calls, turns: measure(calls))
     monkeypatch.setattr(attention, "environment", lambda: {"card": "a card", "commit": "abc"})
     return seen
 
@@ -228,8 +269,57 @@ def test_inputs_of_a_model(calls, tmp_path):
 
 def test_phases(calls):
     (row,) = attention.rows(attention.parse([*SMALL.split(), "--tail", "pooled", "--phases"]), "cpu")
-    assert len(calls) == 4  # attention, selection, attention without tail, both together
-    assert (row["median_ms"], row["select_ms"], row["tail_ms"], row["together_ms"]) == (1.0, 2.0, 1.0 - 3.0, 4.0)
+    assert len(calls) == 4  # selection, attention, attention without tail, both together
+    assert (row["select_ms"], row["median_ms"], row["tail_ms"], row["together_ms"]) == (1.0, 2.0, 2.0 - 3.0, 4.0)
+    assert row["mask_memory"] == 2 * 5 * 4 * 4 / (3 * 300 * 2 * 64 * 2) and row["select_memory"] is None
+    assert not {"top_p", "select_share", "select_top_p_ms", "select_top_p_share"} & set(row)
+
+
+@pytest.fixture
+def selections(monkeypatch):
+    """What ``select`` is given, and what it gives."""
+    seen, real = [], attention.select
+
+    def select(q, k, order, m, n, density, top_p=1.0):
+        mask = real(q, k, order, m, n, density, top_p)
+        kept = ops.kept_density(mask, None, q.shape[2], k.shape[2], m, n).item()
+        seen.append((order, density, top_p, kept))
+        return mask
+
+    monkeypatch.setattr(attention, "select", select)
+    return seen
+
+
+def test_selection_by_density_and_by_mass(calls, selections, monkeypatch):
+    """Once for each mask, whatever is timed behind it; shares are of the dense baseline, memory of q, k and v."""
+    monkeypatch.setattr(attention, "_dense", lambda inputs, backend: Timing(8.0, 7.0, 9.0))
+    monkeypatch.setattr(attention, "peak_bytes", lambda run, device: run().nbytes * 3)
+    text = f"{SMALL} cudnn --tail none pooled --phases --top-p 0.5"
+    rows = list(attention.rows(attention.parse(text.split()), "cpu"))
+    for row in rows:
+        assert (row["select_ms"], row["select_share"]) == (1.0, 1 / 8)
+        assert (row["top_p"], row["select_top_p_ms"], row["select_top_p_share"]) == (0.5, 2.0, 2 / 8)
+        assert row["select_memory"] == pytest.approx(3 * row["mask_memory"])
+    assert [density for _, density, *_ in selections] == [0.3, None, 0.3, 0.3, 0.3]  # memory; together, twice
+    kept = [kept for *_, kept in selections]
+    assert kept[0] == pytest.approx(0.3, abs=0.02) and 0.35 < kept[1] < 0.55  # random scores are flat
+
+
+@pytest.mark.parametrize("text", [0, 20], ids=["video", "text-last"])
+def test_selection_is_in_the_query_order_of_a_preset(text, calls, selections, monkeypatch):
+    preset = {"heads": 2, "tokens": 210 + text, "dim": 64, "grid": (5, 6, 7)}
+    monkeypatch.setattr(attention, "PRESETS", {"small": preset})
+    monkeypatch.setattr(attention, "peak_bytes", lambda run, device: run().nbytes)
+    arguments = "--preset small --slice 64x8 --phases --top-p 0.9 --baselines"
+    next(attention.rows(attention.parse(arguments.split()), "cpu"))
+    expected = ops.query_order(5, 6, 7, 0, text, 64, "cpu")
+    assert expected[:210].sort().values.tolist() == list(range(210)) and len(expected) == 210 + text
+    *alone, together = [order for order, *_ in selections]
+    assert len(alone) == 3 and all(torch.equal(order, expected) for order in alone) and together is None
+
+
+def test_memory_is_counted_on_a_device_alone():
+    assert peak_bytes(lambda: 1 / 0, torch.device("cpu")) is None
 
 
 def test_a_kernel_that_cannot_run_is_named_and_skipped(calls, capsys):
@@ -256,12 +346,14 @@ def test_says_that_it_needs_a_gpu(monkeypatch):
 @pytest.mark.gpu
 def test_runs(tmp_path, capsys):
     file = tmp_path / "rows.json"
-    text = "--seq 1000 --heads 2 --dim 64 --slice 128x64 --tail pooled --phases --baselines cudnn fa2 flex"
+    text = "--seq 1000 --heads 2 --dim 64 --slice 128x64 --tail pooled --phases --top-p 0.9 --baselines cudnn fa2 flex"
     attention.main([*text.split(), "--json", str(file)])
     rows = json.loads(file.read_text())
     assert [row["variant"] for row in rows[:2]] == ["FlashAttention-2 dense", "FlexAttention"] and len(rows) == 3
     assert all(row["p20_ms"] <= row["median_ms"] <= row["p80_ms"] and row["ratio"] > 0 for row in rows)
     assert rows[1]["error"] < 0.01 and rows[2]["error"] < 0.01 and "cuDNN dense" in capsys.readouterr().out
+    assert 0 < rows[2]["mask_memory"] < rows[2]["select_memory"] and rows[2]["select_share"] > 0
+    assert 0 < rows[2]["select_ms"] < rows[2]["together_ms"] and rows[2]["select_top_p_ms"] > 0
 
 
 @pytest.mark.parametrize(

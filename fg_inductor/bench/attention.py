@@ -14,7 +14,12 @@ video of --grid tokens. Then the mask is the backend's own: queries in query ord
 and keys in that order too where N is not 1.
 
 --phases adds what goes with it: "lists_ms" expands the mask to column lists (a part of "median_ms"), "tail_ms" is what
-the pooled tail adds, "select_ms" makes a mask from q and k, "together_ms" selects and attends.
+the pooled tail adds, "together_ms" selects and attends, both launched from Python. "select_ms" is what making a mask
+from q and k costs the device, as a CUDA graph of several selections, since Python launches cheap ones slower than they
+run; "select_share" is its share of cuDNN's time. With --top-p the same of a selection by mass ("select_top_p_ms",
+"select_top_p_share"). Queries are selected in query order where the token grid is known (of a preset, or of --qkv).
+"select_memory" is what a selection allocates while it runs, its mask included, and "mask_memory" the mask alone, both
+in bytes over those of q, k and v.
 """
 
 import argparse
@@ -33,6 +38,8 @@ from fg_inductor.bench.common import (
     environment,
     mask_slice,
     measure,
+    measure_graph,
+    peak_bytes,
     positive,
     select,
     sets_past_l2,
@@ -47,11 +54,13 @@ from fg_inductor.kernels.mask import group_count, unpack
 
 COLUMNS = [
     "variant", "slice", "lists", "tail", "kept", "union", "tflop", "median_ms", "tflops", "ratio", "rate",
-    "lists_ms", "tail_ms", "select_ms", "together_ms", "error",
+    "lists_ms", "tail_ms", "select_ms", "select_share", "select_top_p_ms", "select_top_p_share", "select_memory",
+    "mask_memory", "together_ms", "error",
 ]  # fmt: skip
 DENSE = {"fa2": ("FlashAttention-2 dense", SDPBackend.FLASH_ATTENTION)}
 BASELINES = ("cudnn", *DENSE, "flex")
 DEFAULT_PRESET = "wan2.1-1.3b-480p"
+SELECTIONS = 10  # of each set of inputs, in a graph
 Inputs = list[tuple[Tensor, Tensor, Tensor]]
 
 
@@ -77,6 +86,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="cudnn (ratios are to it); fa2: FlashAttention-2, dense; flex: FlexAttention, where M is 128, N 64 or 128",
     )  # fmt: skip
     parser.add_argument("--phases", action="store_true", help="time lists, tail and selection as well")
+    parser.add_argument("--top-p", type=share, metavar="P", help="one share of the mass; time that selection as well")
     parser.add_argument("--json", metavar="FILE", help="write the rows there")
     args = parser.parse_args(argv)
     sizes = (args.seq, args.heads, args.dim)
@@ -84,6 +94,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--preset {args.preset} has its own --seq, --heads and --dim; leave out one or the others")
     if any(sizes) and not all(sizes):
         parser.error("--seq, --heads and --dim go together; give all three, or a --preset")
+    if args.top_p and not args.phases:
+        parser.error("--top-p is timed with the phases; give --phases too")
     if (args.qkv is None) != (args.grid is None):
         parser.error("--qkv and --grid go together")
     if args.qkv:
@@ -135,11 +147,15 @@ def rows(args: argparse.Namespace, device: str = "cuda") -> Iterator[dict]:
             timing, out = _flex(inputs, mask, n)
             found = {"error": error(out, *inputs[0], mask, None, None, args.dim**-0.5, m, n, "none")}
             yield row(timing, kept, variant="FlexAttention", **what) | found
+        phases = {}
+        if args.phases:
+            in_order = order if args.qkv else _query_order(args.preset, m, device)
+            phases = _selection(sparse, mask, in_order, m, n, density, args.top_p, dense)
         for tail in args.tail:
             call = (mask, None, order, args.dim**-0.5, m, n, tail, 0)
             for variant, kernel in _kernels(args.kernel, sparse[0], call).items():
                 timing = _attention(sparse, call, kernel)
-                extra = _phases(sparse, call, kernel, timing.median, density) if args.phases else {}
+                extra = phases | _phases(sparse, call, kernel, timing.median, density) if args.phases else {}
                 found = {"error": error(ops.attention(*sparse[0], *call, kernel)[0], *sparse[0], *call[:-1])}
                 if (slices := _slices_of_a_tile(args.dim, m, variant)) > 1:
                     found["union"] = union_of(mask, args.seq, n, slices)
@@ -227,13 +243,33 @@ def flex_blocks(mask: Tensor, queries: int, keys: int, n: int):
     return BlockMask.from_kv_blocks(none, order, counts, order, BLOCK_SIZE=(128, n), seq_lengths=(queries, keys))
 
 
+def _query_order(preset: str | None, m: int, device: str) -> Tensor | None:
+    """The order in which the backend selects queries of a preset's grid, its text at the end; None without a preset."""
+    if preset is None:
+        return None
+    tokens, grid = PRESETS[preset]["tokens"], PRESETS[preset]["grid"]
+    return ops.query_order(*grid, 0, tokens - math.prod(grid), m, device)
+
+
+def _selection(inputs, mask, order, m, n, density, top_p, dense) -> dict[str, float | None]:
+    """What selecting such masks takes of the device, whatever attention follows; ``dense``: milliseconds, or None."""
+    found = {"top_p": top_p} if top_p else {}
+    rules = {"select": (density,)} | ({"select_top_p": (None, top_p)} if top_p else {})
+    for name, rule in rules.items():
+        calls = [lambda q=q, k=k, rule=rule: select(q, k, order, m, n, *rule) for q, k, _ in inputs]
+        ms = measure_graph(calls, SELECTIONS).median
+        found |= {f"{name}_ms": ms} | ({f"{name}_share": ms / dense} if dense else {})
+    (q, k, _), whole = inputs[0], sum(x.nbytes for x in inputs[0])
+    peak = peak_bytes(lambda: select(q, k, order, m, n, density), q.device)
+    return found | {"select_memory": None if peak is None else peak / whole, "mask_memory": mask.nbytes / whole}
+
+
 def _phases(inputs: Inputs, call: tuple, kernel: str, attention_ms: float, density: float) -> dict[str, float]:
     mask, bias, order, scale, m, n, tail, min_seq = call
     found = {
         "lists_ms": _lists_ms(
             mask, inputs[0][1].shape[2], inputs[0][0].shape[3], m, n, ops.attention_kernel(*inputs[0], *call, kernel)
         ),
-        "select_ms": _in_turns(inputs, lambda q, k, v: select(q, k, order, m, n, density)).median,
     }
     if tail != "none":
         without = _attention(inputs, (mask, bias, order, scale, m, n, "none", min_seq), kernel)
