@@ -57,6 +57,25 @@ def test_tables_say_shared_values_once(tables, tmp_path):
     ]
 
 
+def test_tables_of_selection(tables, tmp_path):
+    """Shares of a time in percent; memory, which may pass 1, in three digits at most."""
+    head = {"bench": "attention", "card": "A card", "torch": "2.11", "triton": "3.6", "commit": "abc"}
+    rows = [
+        {**head, "select_ms": 0.3712, "select_share": 0.02484, "top_p": 0.9, "select_top_p_share": 0.1234,
+         "select_memory": 1.2345, "mask_memory": 0.0052083, "median_ms": 4.0},
+        {**head, "select_ms": 12.345, "select_share": 1.05, "top_p": 0.9, "select_top_p_share": None,
+         "select_memory": None, "mask_memory": 0.052083, "median_ms": 3.0},
+    ]  # fmt: skip
+    (tmp_path / "a.json").write_text(json.dumps(rows))
+    first, _, names, _, *lines = tables.measured_tables(tmp_path).splitlines()
+    assert first.endswith(": top-p 0.9.")
+    assert names == (
+        "| selection, ms | selection of dense | top-p selection of dense | selection's memory of q, k, v "
+        "| mask of q, k, v | ms |"
+    )
+    assert lines == ["| 0.371 | 2.48% | 12.3% | 1.23 | 0.00521 | 4 |", "| 12.35 | 105% |  |  | 0.0521 | 3 |"]
+
+
 @pytest.mark.parametrize(
     "path", sorted(set(re.findall(r"[(`]((?:examples|tests|passes|kernels|fg_inductor)/[\w./]*)", README)))
 )

@@ -18,9 +18,9 @@ attention() {
     --baselines cudnn fa2 --json "$OUT/attention_hopper_wan2.1-1.3b-480p.json"
 }
 selection() {
-  bench attention --slice 128x1 128x8 128x16 64x1 16x16 64x64 --density 0.3 --phases \
+  bench attention --slice 128x1 128x8 128x16 64x1 16x16 64x64 --density 0.3 --phases --top-p 0.9 \
     --json "$OUT/attention_hopper_selection.json"
-  bench attention --preset wan2.1-14b-720p --slice 128x1 128x8 128x16 64x64 --density 0.3 --phases \
+  bench attention --preset wan2.1-14b-720p --slice 128x1 128x8 128x16 64x64 --density 0.3 --phases --top-p 0.9 \
     --json "$OUT/attention_hopper_selection_14b-720p.json"
 }
 training() {

@@ -27,10 +27,15 @@ ENVIRONMENT = ("bench", "card", "torch", "triton", "cudnn", "commit")
 LABELS = {
     "median_ms": "ms", "baseline_ms": "baseline, ms", "ratio": "speed-up", "kept": "kept density", "rate": "rate kept",
     "slice": "M x N", "psnr_db": "PSNR, dB", "lists_ms": "lists, ms", "select_ms": "selection, ms",
+    "select_share": "selection of dense", "top_p": "top-p", "select_top_p_ms": "top-p selection, ms",
+    "select_top_p_share": "top-p selection of dense", "select_memory": "selection's memory of q, k, v",
+    "mask_memory": "mask of q, k, v",
     "lists": "kept groups", "tail_ms": "tail, ms", "together_ms": "selection and attention, ms",
     "tflop": "TFLOP kept", "tflops": "TFLOP/s kept", "baseline_tflops": "baseline, TFLOP/s",
     "peak_gb": "peak, GB", "baseline_peak_gb": "baseline peak, GB", "attention": "attention's share",
 }  # fmt: skip
+PERCENT = {"select_share", "select_top_p_share"}
+MEMORY = {"select_memory", "mask_memory"}  # shares that may pass 1
 HIDDEN = {"density", "p20_ms", "p80_ms", "baseline_p20_ms", "baseline_p80_ms"}
 WAN = "attention_hopper_wan2.1-1.3b-480p.json"
 PLAIN = {"variant": "hopper", "tail": "none"}
@@ -123,6 +128,10 @@ def _text(value, name: str) -> str:
         return ""
     if name == "ratio":
         return f"{value:.2f}x"
+    if name in PERCENT:
+        return f"{100 * value:.3g}%"
+    if name in MEMORY:
+        return f"{value:.3g}"
     if isinstance(value, float):
         return f"{value:.3g}" if abs(value) < 1 else f"{value:.4g}"
     if isinstance(value, dict):
