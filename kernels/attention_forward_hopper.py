@@ -34,10 +34,12 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fg_inductor.kernels import column_lists, work_order
 from fg_inductor.kernels.attention_forward import heads_at_once, prepare
 from fg_inductor.kernels.hopper_consumer import consumer
+from fg_inductor.kernels.hopper_loader import BOX_SHARED, loader
 from fg_inductor.kernels.hopper_producer import producer
 from fg_inductor.kernels.mask import group_count
 from fg_inductor.kernels.sizes import next_power_of_2
@@ -47,6 +49,7 @@ from fg_inductor.kernels.sizes import next_power_of_2
 def _attention_fwd_hopper(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
     lists_ptr, work_ptr, bias_ptr, order_ptr, tail_k_ptr, tail_v_ptr, tail_bias_ptr,
+    k_desc, v_desc, tail_k_desc, tail_v_desc,
     stride_qb, stride_qh, stride_qs,
     stride_kb, stride_kh, stride_ks,
     stride_vb, stride_vh, stride_vs,
@@ -57,7 +60,7 @@ def _attention_fwd_hopper(
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PRODUCER_WARPS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_ORDER: gl.constexpr, TAIL: gl.constexpr, NEGATIVE: gl.constexpr,
-    WIDE: gl.constexpr,
+    WIDE: gl.constexpr, BOX: gl.constexpr,
 ):  # fmt: skip
     SUB: gl.constexpr = max(CONSUMERS * 64 // M, 1)
     dtype: gl.constexpr = q_ptr.dtype.element_ty
@@ -76,9 +79,14 @@ def _attention_fwd_hopper(
     q_empty = gl.allocate_shared_memory(gl.int64, [1], barrier)
     place_full = gl.allocate_shared_memory(gl.int64, [1], barrier)
     place_buf = gl.allocate_shared_memory(gl.int32, [1], plain)
+    # Every thread of the producer arrives where it gathered; where the copy engine loads, one that says how much.
+    GATHERED: gl.constexpr = BOX == 0
+    THREADS: gl.constexpr = PRODUCER_WARPS * 32
+    K_FULL: gl.constexpr = THREADS if GATHERED else (THREADS + 1 if SUB > 1 else 1)
+    V_FULL: gl.constexpr = THREADS if GATHERED else 1
     for stage in gl.static_range(STAGES):
-        mbarrier.init(k_full.index(stage), count=PRODUCER_WARPS * 32)
-        mbarrier.init(v_full.index(stage), count=PRODUCER_WARPS * 32)
+        mbarrier.init(k_full.index(stage), count=K_FULL)
+        mbarrier.init(v_full.index(stage), count=V_FULL)
         mbarrier.init(k_empty.index(stage), count=CONSUMERS)
         mbarrier.init(v_empty.index(stage), count=CONSUMERS)
     mbarrier.init(q_full, count=PRODUCER_WARPS * 32)
@@ -96,22 +104,23 @@ def _attention_fwd_hopper(
     producer_tensors = (work_ptr, lists_ptr, bias_ptr, order_ptr, tail_k_ptr, tail_v_ptr)
     producer_sizes = (first_head, heads, SHARE, Hkv, Sq, X, G, J, ITEMS)
     qkv = (q_ptr, k_ptr, v_ptr)
+    descriptors = (k_desc, v_desc, tail_k_desc, tail_v_desc)
     # The arguments stand here as literals: assigned to a name, their constants would become run-time values.
     if CONSUMERS == 2:
         gl.warp_specialize(
             [
                 (consumer, (
                     gl.constexpr(0), q_side, buffers, bars, consumer_tensors, consumer_sizes, out_strides, qk_scale,
-                    D, BLOCK_D, M, N, BLOCK_N, STAGES, SUB, CONSUMERS, HAS_BIAS, HAS_ORDER, TAIL, NEGATIVE,
+                    D, BLOCK_D, M, N, BLOCK_N, STAGES, SUB, CONSUMERS, HAS_BIAS, HAS_ORDER, TAIL, NEGATIVE, BOX,
                 )),
                 (consumer, (
                     gl.constexpr(1), q_side, buffers, bars, consumer_tensors, consumer_sizes, out_strides, qk_scale,
-                    D, BLOCK_D, M, N, BLOCK_N, STAGES, SUB, CONSUMERS, HAS_BIAS, HAS_ORDER, TAIL, NEGATIVE,
+                    D, BLOCK_D, M, N, BLOCK_N, STAGES, SUB, CONSUMERS, HAS_BIAS, HAS_ORDER, TAIL, NEGATIVE, BOX,
                 )),
-                (producer, (
+                (_producer, (
                     q_side, buffers, bars, producer_tensors, qkv, producer_sizes, strides, k_strides, v_strides,
-                    WIDE, PRODUCER_WARPS,
-                    D, BLOCK_D, M, N, BLOCK_N, STAGES, SUB, CONSUMERS, HAS_BIAS, HAS_ORDER, TAIL, NEGATIVE,
+                    descriptors, WIDE, PRODUCER_WARPS,
+                    D, BLOCK_D, M, N, BLOCK_N, STAGES, SUB, CONSUMERS, HAS_BIAS, HAS_ORDER, TAIL, NEGATIVE, BOX,
                 )),
             ],
             [4, PRODUCER_WARPS],
@@ -122,12 +131,12 @@ def _attention_fwd_hopper(
             [
                 (consumer, (
                     gl.constexpr(0), q_side, buffers, bars, consumer_tensors, consumer_sizes, out_strides, qk_scale,
-                    D, BLOCK_D, M, N, BLOCK_N, STAGES, SUB, CONSUMERS, HAS_BIAS, HAS_ORDER, TAIL, NEGATIVE,
+                    D, BLOCK_D, M, N, BLOCK_N, STAGES, SUB, CONSUMERS, HAS_BIAS, HAS_ORDER, TAIL, NEGATIVE, BOX,
                 )),
-                (producer, (
+                (_producer, (
                     q_side, buffers, bars, producer_tensors, qkv, producer_sizes, strides, k_strides, v_strides,
-                    WIDE, PRODUCER_WARPS,
-                    D, BLOCK_D, M, N, BLOCK_N, STAGES, SUB, CONSUMERS, HAS_BIAS, HAS_ORDER, TAIL, NEGATIVE,
+                    descriptors, WIDE, PRODUCER_WARPS,
+                    D, BLOCK_D, M, N, BLOCK_N, STAGES, SUB, CONSUMERS, HAS_BIAS, HAS_ORDER, TAIL, NEGATIVE, BOX,
                 )),
             ],
             [PRODUCER_WARPS],
@@ -135,16 +144,42 @@ def _attention_fwd_hopper(
         )  # fmt: skip
 
 
-def configuration(d: int, m: int) -> dict:
-    """Tiles, stages and registers: a fixed table, measured on an H100; nothing is autotuned inside an operator.
+@gluon.jit
+def _producer(
+    q_side, buffers, bars, tensors, qkv, sizes, strides, k_strides, v_strides, descriptors,
+    WIDE: gl.constexpr, WARPS: gl.constexpr,
+    D: gl.constexpr, BLOCK_D: gl.constexpr, M: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, SUB: gl.constexpr, CONSUMERS: gl.constexpr, HAS_BIAS: gl.constexpr,
+    HAS_ORDER: gl.constexpr, TAIL: gl.constexpr, NEGATIVE: gl.constexpr, BOX: gl.constexpr,
+):  # fmt: skip
+    if BOX == 0:
+        producer(
+            q_side, buffers, bars, tensors, qkv, sizes, strides, k_strides, v_strides, WIDE, WARPS,
+            D, BLOCK_D, M, N, BLOCK_N, STAGES, SUB, CONSUMERS, HAS_BIAS, HAS_ORDER, TAIL, NEGATIVE,
+        )  # fmt: skip
+    else:
+        loader(
+            q_side, buffers, bars, tensors, qkv, sizes, strides, descriptors, WIDE, WARPS,
+            D, BLOCK_D, N, BLOCK_N, STAGES, SUB, CONSUMERS, HAS_ORDER, TAIL, BOX,
+        )  # fmt: skip
 
+
+def configuration(d: int, m: int, n: int = 1) -> dict:
+    """Tiles, stages and registers: a fixed table, measured (H100, H200); nothing is autotuned inside an operator.
+
+    ``n``: keys of a group, 1 where they have to be gathered one by one. From 8 on the copy engine takes boxes of BOX.
     The registers are those of a thread of the second consumer and of the producer; the first consumer has the rest.
     """
     if m == 64:  # two CTAs share a multiprocessor
-        tile = {"CONSUMERS": 1, "BLOCK_N": 64, "STAGES": 2}
-        return tile | {"PRODUCER_WARPS": 4, "CONSUMER_REGISTERS": 0, "PRODUCER_REGISTERS": 48, "maxnreg": 128}
-    tile = {"CONSUMERS": 2, "BLOCK_N": 128, "STAGES": 2 if d > 64 else 3}
-    return tile | {"PRODUCER_WARPS": 4, "CONSUMER_REGISTERS": 208, "PRODUCER_REGISTERS": 88, "maxnreg": 168}
+        tile = {"CONSUMERS": 1, "BLOCK_N": 64, "STAGES": 2, "PRODUCER_WARPS": 4}
+        tile |= {"CONSUMER_REGISTERS": 0, "PRODUCER_REGISTERS": 48, "maxnreg": 128}
+    else:
+        tile = {"CONSUMERS": 2, "BLOCK_N": 128, "STAGES": 2 if d > 64 else 3, "PRODUCER_WARPS": 4}
+        tile |= {"CONSUMER_REGISTERS": 208, "PRODUCER_REGISTERS": 88, "maxnreg": 168}
+    if n < 8:
+        return tile | {"BOX": 0}
+    tile |= {"BOX": min(n, tile["BLOCK_N"]), "PRODUCER_WARPS": 1}
+    return tile if m == 64 else tile | {"CONSUMER_REGISTERS": 232, "PRODUCER_REGISTERS": 40}
 
 
 def slices_of_a_tile(config: dict, m: int) -> int:
@@ -171,6 +206,20 @@ def aligned(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
+def loadable(x: Tensor) -> bool:
+    """Whether the copy engine can be told of x: nothing repeats, and there is something."""
+    return x.numel() > 0 and all(stride > 0 or size == 1 for size, stride in zip(x.shape, x.stride(), strict=True))
+
+
+def boxes(x: Tensor | None, rows: int) -> TensorDescriptor | None:
+    """What the copy engine is told of x [B, H, S, D]: it takes ``rows`` rows of 64 columns at a time."""
+    if x is None:
+        return None
+    # Where there is one of a kind its stride means nothing, and may be one that the engine refuses.
+    strides = [stride if size > 1 else 16 for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True)]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, 64], BOX_SHARED.value)
+
+
 def launch(
     q: Tensor,
     k: Tensor,
@@ -192,7 +241,11 @@ def launch(
     G = group_count(Sk, n)
     out, lse, bias, padding, blocks, tail_k, tail_v = prepare(q, k, v, key_bias, tail)
     wide = max(q.stride(2) * Sq, k.stride(2) * Sk, v.stride(2) * Sk) >= 1 << 31
-    config = configuration(D, m) | {"WIDE": wide} | override
+    config = configuration(D, m, n if bias is None and loadable(k) and loadable(v) else 1) | {"WIDE": wide} | override
+    descriptors = (None,) * 4
+    if config["BOX"]:
+        rows = (config["BOX"], config["BOX"], config["BLOCK_N"], config["BLOCK_N"])
+        descriptors = tuple(map(boxes, (k, v, tail_k, tail_v), rows))
     sub = slices_of_a_tile(config, m)
     X = group_count(T, sub)
     ctas = torch.cuda.get_device_properties(q.device).multi_processor_count * (3 - config["CONSUMERS"])
@@ -204,7 +257,7 @@ def launch(
         items = work.shape[0] - 1
         _attention_fwd_hopper[(min(ctas, items),)](
             q, k, v, out, lse,
-            lists, work, bias, order, tail_k, tail_v, tail_bias,
+            lists, work, bias, order, tail_k, tail_v, tail_bias, *descriptors,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             0 if bias is None else bias.stride(0),
             first, part.shape[1], Hq, Hkv, Hq // Hkv, Sq, T, X, G, blocks, items, scale * math.log2(math.e),

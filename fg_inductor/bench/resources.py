@@ -29,6 +29,7 @@ from fg_inductor.kernels import (
     column_lists,
     drift,
     group_means,
+    hopper_loader,
     observe,
     observe_heads,
     select_cut,
@@ -47,6 +48,7 @@ POINTERS = {
     "dtail_v_ptr": "*fp32", "slots_ptr": "*i32", "joined_ptr": "*fp32",
 }  # fmt: skip
 TUPLES = {"shares": ("fp32",) * 3}
+BOXES = {"k_desc": "BOX", "v_desc": "BOX", "tail_k_desc": "BLOCK_N", "tail_v_desc": "BLOCK_N"}
 FLOATS = ("scale", "qk_scale", "last_bias", "top_p", "alpha", "gamma", "bound")
 
 
@@ -58,6 +60,9 @@ def compile_for_hopper(kernel, constants: dict, **options):
             signature[name] = "constexpr"
         elif name in TUPLES:
             signature[name] = TUPLES[name]
+        elif name in BOXES:
+            rows = constants[BOXES[name]]
+            signature[name] = f"tensordesc<bf16[1, 1, {rows}, 64],{hopper_loader.BOX_SHARED.value!r}>"
         elif name.endswith("_desc"):
             signature[name] = f"tensordesc<fp32[64, 32],{backward_hopper_sums.PIECE_SHARED.value!r}>"
         elif name.endswith("_ptr"):
@@ -153,10 +158,12 @@ def attention(m: int, n: int, d: int, *, bias=False, order=False, tail=False) ->
 
 def hopper(m: int, n: int, d: int, *, bias=False, order=False, tail=False) -> dict:
     """``attention_forward_hopper`` as its launcher configures it."""
-    config = attention_forward_hopper.configuration(d, m)
+    config = attention_forward_hopper.configuration(d, m, 1 if bias else n)
     registers = config.pop("maxnreg")
     constants = dict(D=d, BLOCK_D=triton.next_power_of_2(d), M=m, N=n, WIDE=False, NEGATIVE=False, **config)
-    constants |= _inputs(bias, order, tail)
+    boxes = config["BOX"] > 0
+    constants |= _inputs(bias, order, tail) | _absent(k_desc=boxes, v_desc=boxes)
+    constants |= _absent(tail_k_desc=boxes and tail, tail_v_desc=boxes and tail)
     flags = _words(bias=bias, order=order, tail=tail)
     kernel = attention_forward_hopper._attention_fwd_hopper
     return resources(kernel, f"{m}x{n} D {d}{flags}", constants, num_warps=4, maxnreg=registers)
