@@ -76,16 +76,18 @@ def test_every_slice_shape(m, n, dim, tail, launch, device, poison):
 
 @pytest.mark.parametrize("launch", [KERNELS[1]])
 @pytest.mark.parametrize("m", SLICES)
+@pytest.mark.parametrize("n", [1, 16])  # keys one by one, and boxes of them
 @pytest.mark.parametrize(("queries", "keys"), [(1, 1), (63, 129), (129, 63), (32761, 2049)])
-def test_lengths(launch, queries, keys, m, device, poison):
-    check(launch, Case("", m=m, n=1, queries=queries, keys=keys, dim=128, density=0.5), torch.bfloat16, device)
+def test_lengths(launch, queries, keys, n, m, device, poison):
+    check(launch, Case("", m=m, n=n, queries=queries, keys=keys, dim=128, density=0.5), torch.bfloat16, device)
 
 
 @pytest.mark.parametrize("launch", [KERNELS[1]])
 @pytest.mark.parametrize("m", SLICES)
-def test_repeats_are_identical(launch, m, device):
+@pytest.mark.parametrize("n", [1, 8, 128])
+def test_repeats_are_identical(launch, n, m, device):
     """Many CTAs, each with tiles enough to fill the pipeline several times over: no run may differ in a bit."""
-    case = Case("", m=m, n=1, heads=4, kv_heads=2, queries=4500, keys=5000, dim=128, tail="pooled", ordered=True)
+    case = Case("", m=m, n=n, heads=4, kv_heads=2, queries=4500, keys=5000, dim=128, tail="pooled", ordered=True)
     arguments = reference_result(case, torch.bfloat16, device).arguments
     first = launch(*arguments)
     different = torch.zeros((), dtype=torch.int64, device=device)
@@ -111,13 +113,14 @@ def test_offsets_beyond_32_bits(device, monkeypatch):
     assert torch.equal(plain, wide)
 
 
+@pytest.mark.parametrize("n", [8, 64])
 @pytest.mark.parametrize("token", [67, 69])  # 69: the key that lanes past the end of the list read again
 @pytest.mark.parametrize("where", ["q", "k", "v"])
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
 @pytest.mark.parametrize("launch", KERNELS)
-def test_not_finite(launch, where, value, token, device, poison):
+def test_not_finite(launch, where, value, token, n, device, poison):
     """At density 1.0 NaN and Inf come out where dense attention has them, and nowhere hang or fault."""
-    case = Case("full", m=32, n=8, keep="full", queries=70, keys=70, layout="contiguous")
+    case = Case("full", m=32, n=n, keep="full", queries=70, keys=70, layout="contiguous")
     expected = reference_result(case, dtype_of(launch), device)
     q, k, v, *rest = expected.arguments
     {"q": q, "k": k, "v": v}[where][0, 1, token, 3] = value
@@ -155,6 +158,16 @@ def test_dropped_keys_are_not_read(launch, tail, device, poison):
     k[:, :, 32:40] = v[:, :, 32:40] = torch.nan
     out, _ = launch(q, k, v, mask, *rest)
     assert out.isnan().any().item() == (tail == "pooled")
+
+
+@pytest.mark.parametrize("launch", KERNELS)
+def test_heads_that_share_keys_by_a_stride_of_0(launch, device, poison):
+    """What the copy engine can't be told of gives the same as a copy of it."""
+    case = Case("", m=64, n=16, heads=3, kv_heads=3, queries=140, keys=200, dim=128)
+    q, k, v, *rest = reference_result(case, dtype_of(launch), device).arguments
+    k, v = (x[:, :1].expand(-1, 3, -1, -1) for x in (k, v))
+    for a, b in zip(launch(q, k, v, *rest), launch(q, k.contiguous(), v.contiguous(), *rest), strict=True):
+        assert torch.equal(a, b)
 
 
 @pytest.mark.parametrize("n", [1, 8, 128])
