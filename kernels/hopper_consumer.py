@@ -16,47 +16,20 @@ LOG2_E = gl.constexpr(1.4426950408889634)
 
 
 @gluon.jit
-def _by_lane(x):
-    """An accumulator [64, columns] as [64, 4, columns / 32, 4, 2]: of each 8 columns a lane holds 2, 4 lanes a row."""
-    return x.reshape([x.shape[0], 4, x.shape[1] // 32, 4, 2])
-
-
-@gluon.jit
 def _softmax(s, m_i, l_i, scale, GUARDED: gl.constexpr, NEGATIVE: gl.constexpr):
-    """One tile of the online softmax in base 2: s [64, BLOCK_N]; in GUARDED tiles already scaled, -inf where masked.
-
-    l_i [64, 4] are sums of a lane's own columns: lanes add up at the end. Neighbours first, which are independent of
-    each other: few warps share a scheduler, so a chain of 32 would take its whole latency.
-    """
-    rows: gl.constexpr = m_i.type.layout
+    """One tile of the online softmax in base 2: s [64, BLOCK_N]; in GUARDED tiles already scaled, -inf where masked."""
     if GUARDED:
-        largest = gl.max(gl.max(gl.max(gl.max(_by_lane(s), 4), 2), 1), 1)
-        m_new = gl.maximum(m_i, gl.convert_layout(largest, rows))
+        m_new = gl.maximum(m_i, gl.max(s, 1))
         # A row whose scores are all -inf so far must not become -inf - -inf.
         m_safe = gl.where(m_new == float("-inf"), 0.0, m_new)
         p = gl.exp2(s - m_safe[:, None])
     else:
-        if NEGATIVE:
-            largest = gl.min(gl.min(gl.min(gl.min(_by_lane(s), 4), 2), 1), 1)
-        else:
-            largest = gl.max(gl.max(gl.max(gl.max(_by_lane(s), 4), 2), 1), 1)
-        m_new = gl.maximum(m_i, gl.convert_layout(largest, rows) * scale)
+        largest = gl.min(s, 1) if NEGATIVE else gl.max(s, 1)
+        m_new = gl.maximum(m_i, largest * scale)
         m_safe = m_new
         p = gl.exp2(s * scale - m_new[:, None])
     alpha = gl.exp2(m_i - m_safe)
-    total = gl.sum(gl.sum(gl.sum(_by_lane(p), 4), 2), 1)
-    kept = l_i * gl.convert_layout(alpha, gl.SliceLayout(1, l_i.type.layout))[:, None]
-    return p, m_new, kept + gl.convert_layout(total, l_i.type.layout), alpha
-
-
-@gluon.jit
-def _narrow(x, dtype: gl.constexpr):
-    """float32 to the dtype of V, two at a time: one by one, neighbours that meet in a register are swapped after."""
-    if dtype == gl.bfloat16:
-        x = gl.inline_asm_elementwise("cvt.rn.bf16x2.f32 $0, $2, $1;", "=r,r,r", [x], gl.bfloat16, True, 2)
-    else:
-        x = gl.inline_asm_elementwise("cvt.rn.f16x2.f32 $0, $2, $1;", "=r,r,r", [x], gl.float16, True, 2)
-    return x
+    return p, m_new, l_i * alpha + gl.sum(p, 1), alpha
 
 
 @gluon.jit
@@ -118,29 +91,24 @@ def _step(
 ):  # fmt: skip
     """Scores and softmax of tile j of keys, beside the product of tile j - 1 with V.
 
-    ptxas moves the wait for that product up in front of the exponentials, whatever stands here, unless a branch lies
-    between. With the wait for this tile's V there, all of the softmax overlaps the product (OVERLAP): 4% faster where a
-    tile is few boxes, and 1% to 8% slower with boxes of 16 and 8 keys, where the two consumers share out the time by
-    themselves (H200; 128x128 3.18 ms instead of 3.33, 128x16 3.46 instead of 3.41, 128x8 3.81 instead of 3.50).
-    Turns for the consumers, which begin their products one after the other, gained nothing more in either.
+    ptxas moves the wait for that product up in front of the exponentials, unless a branch lies between. Neither that
+    (the wait for this tile's V put there), nor maxima and sums with shorter chains and fewer shuffles, nor turns for
+    the consumers, which begin their products one after the other, changed the time by more than 3% (H200).
     """
-    GATHERED: gl.constexpr = BOX == 0
-    OVERLAP: gl.constexpr = BOX >= 64
     k_bufs, v_bufs, bits_bufs = buffers
     k_full, k_empty, v_full, v_empty = bars
     stage = tile % STAGES
     before = (tile + STAGES - 1) % STAGES  # that of the tile before
     mbarrier.wait(k_full.index(stage), (tile // STAGES) & 1)
-    if GATHERED or FIRST:  # q always is
+    if BOX == 0 or FIRST:  # q is always gathered
         # cp.async writes through the generic proxy, wgmma reads through the asynchronous one.
         fence_async_shared()
     s = gl.zeros([64, BLOCK_N], gl.float32, layout)
     s = warpgroup_mma(q, k_bufs.index(stage).permute((1, 0)), s, use_acc=False, is_async=True)
     if not FIRST:
-        if not OVERLAP:
-            mbarrier.wait(v_full.index(before), ((tile - 1) // STAGES) & 1)
-            if GATHERED:
-                fence_async_shared()
+        mbarrier.wait(v_full.index(before), ((tile - 1) // STAGES) & 1)
+        if BOX == 0:
+            fence_async_shared()
         acc = warpgroup_mma(p, v_bufs.index(before), acc, is_async=True)
     bits = 0
     if SUB > 1:
@@ -154,13 +122,11 @@ def _step(
             N, M, BLOCK_N, SUB, HAS_BIAS, TAIL, RAGGED, layout,
         )  # fmt: skip
     p32, m_i, l_i, alpha = _softmax(s, m_i, l_i, scale, GUARDED, NEGATIVE)
-    if OVERLAP:
-        mbarrier.wait(v_full.index(stage), (tile // STAGES) & 1)
     if not FIRST:
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(v_empty.index(before), count=1)
         acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, out_layout))[:, None]
-    p = gl.convert_layout(_narrow(p32, k_bufs.dtype), gl.DotOperandLayout(0, out_layout, 2))
+    p = gl.convert_layout(p32.to(k_bufs.dtype), gl.DotOperandLayout(0, out_layout, 2))
     return p, m_i, l_i, acc
 
 
@@ -186,9 +152,6 @@ def consumer(
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     out_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     rows: gl.constexpr = gl.SliceLayout(1, layout)
-    lanes: gl.constexpr = gl.DistributedLinearLayout(
-        [[8, 0]], [[0, 1], [0, 2], [1, 0], [2, 0], [4, 0]], [[16, 0], [32, 0]], [], [64, 4]
-    )
     store: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [4, 1], [1, 0])
     _, _, v_full, v_empty = bars
     dtype: gl.constexpr = q_bufs.dtype
@@ -203,7 +166,7 @@ def consumer(
         if HAS_BIAS:
             entry_bias_ptr += (index // X // heads).to(gl.int64) * stride_bb
         m_i = gl.full([64], float("-inf"), gl.float32, rows)
-        l_i = gl.full([64, 4], 0.0, gl.float32, lanes)
+        l_i = gl.full([64], 0.0, gl.float32, rows)
         acc = gl.zeros([64, BLOCK_D], gl.float32, out_layout)
         p = gl.zeros([64, BLOCK_N], dtype, gl.DotOperandLayout(0, out_layout, 2))
         mbarrier.wait(q_full, i & 1)
@@ -227,15 +190,13 @@ def consumer(
         mbarrier.arrive(q_empty, count=1)
         tile += total
         stage = (tile + STAGES - 1) % STAGES
-        if BOX < 64:
-            mbarrier.wait(v_full.index(stage), ((tile - 1) // STAGES) & 1)
-            if BOX == 0:
-                fence_async_shared()
+        mbarrier.wait(v_full.index(stage), ((tile - 1) // STAGES) & 1)
+        if BOX == 0:
+            fence_async_shared()
         acc = warpgroup_mma(p, buffers[1].index(stage), acc, is_async=True)
         acc = warpgroup_mma_wait(0, deps=(acc,))
         mbarrier.arrive(v_empty.index(stage), count=1)
 
-        l_i = gl.convert_layout(gl.sum(l_i, 1), rows)
         normaliser = gl.convert_layout(l_i, gl.SliceLayout(1, out_layout))
         acc = acc / gl.where(normaliser == 0.0, 1.0, normaliser)[:, None]
         lse = gl.where(l_i == 0.0, float("-inf"), (m_i + gl.log2(l_i)) / LOG2_E)
