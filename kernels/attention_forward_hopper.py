@@ -15,11 +15,11 @@ Grid       as many CTAs as the GPU holds at once; each draws its tiles, two ahea
 A CTA attends for one tile of queries at a time: CONSUMERS x 64 rows of query order, X tiles a head. Its producer brings
 the listed rows of K and V into swizzled shared memory (STAGES tiles of BLOCK_N keys) and never computes: where groups
 have 8 keys or more it is one warp that asks the copy engine for them (``hopper_loader``), else a warpgroup that gathers
-them by 16-byte cp.async (``hopper_producer``). Each consumer, a warpgroup, holds 64 queries and runs wgmma: the scores of a
-tile of keys are computed beside the product of the tile before with V, so that the tensor cores work while the softmax
-does. mbarriers hand the buffers over, also from one tile of queries to the next: the producer goes on to the next one
-while consumers finish. Only the first and the last, ragged tile of a list are masked, and those of groups that hold
-a masked key; the tiles of the pooled tail follow in the same softmax.
+them by 16-byte cp.async (``hopper_producer``). Each consumer, a warpgroup, holds 64 queries and runs wgmma: the scores
+of a tile of keys are computed beside the product of the tile before with V, so that the tensor cores work while the
+softmax does. mbarriers hand the buffers over, also from one tile of queries to the next: the producer goes on to the
+next one while the consumers finish. Only the first and the last, ragged tile of a list are masked, and those of groups
+that hold a masked key; the tiles of the pooled tail follow in the same softmax.
 
 Where a slice is smaller than a tile (M = 32 and 16), the list is the union of what the tile's slices keep, every entry
 carries one bit for each slice above its id, and each row masks what its own slice did not keep: exact for every slice.
