@@ -24,37 +24,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fg_inductor.kernels import select_cut_packed
+from fg_inductor.kernels.select_cut_packed import MASKED_PAIR, first_ties, in_ranges, of_head
 from fg_inductor.kernels.select_scores import NARROW_SCALE
 from fg_inductor.kernels.sizes import next_power_of_2
 
 MASKED = tl.constexpr(-1.0)
-MASKED_PAIR = tl.constexpr(-0x43FF4400)  # 0xBC00BC00, two float16 of -1
 NAN = tl.constexpr(0x7E00)
 NARROW_UNIT = tl.constexpr(2.0**NARROW_SCALE)  # a score of 1 in float16
 PATIENCE = tl.constexpr(12)
-
-
-@triton.jit
-def _in_ranges(index, size, ranges):
-    """Whether index .. index + size - 1 meets one of the half-open ranges (start0, end0, start1, end1, ...)."""
-    inside = index < 0
-    for i in tl.static_range(len(ranges) // 2):
-        meets = (index < ranges[2 * i + 1]) & (index + size > ranges[2 * i])
-        inside = inside | (meets & (ranges[2 * i] < ranges[2 * i + 1]))
-    return inside
-
-
-@triton.jit
-def _of_head(shares, h):
-    """The share of head h in float64: three float32 parts for all heads, or three for each (``_parts``)."""
-    high = shares[0]
-    middle = shares[1]
-    low = shares[2]
-    for i in tl.static_range(1, len(shares) // 3):
-        high = tl.where(h == i, shares[3 * i], high)
-        middle = tl.where(h == i, shares[3 * i + 1], middle)
-        low = tl.where(h == i, shares[3 * i + 2], low)
-    return tl.full([], high, tl.float64) + tl.full([], middle, tl.float64) + tl.full([], low, tl.float64)
 
 
 @triton.jit
@@ -105,7 +83,7 @@ def _load(
         group = word[:, None] * 32 + place[None, :] * HALVES
         for half in tl.static_range(HALVES):
             score = _value(x, half, WIDE)
-            forced = _in_ranges((group + half) * N, N, dense_keys) & (score != MASKED)
+            forced = in_ranges((group + half) * N, N, dense_keys) & (score != MASKED)
             mass += tl.sum(tl.where(forced & (score == score), score, 0.0))
             if WIDE:
                 x = tl.where(forced, float("nan"), x)
@@ -157,15 +135,6 @@ def _held(x, cut, WIDE: tl.constexpr, COUNT: tl.constexpr, MASS: tl.constexpr):
 
 
 @triton.jit
-def _popcount(x):
-    """Bits of each int32 that are set."""
-    x = x - ((x >> 1) & 0x55555555)
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    return ((x * 0x01010101) >> 24) & 0xFF
-
-
-@triton.jit
 def _store_words(x, mask_ptr, first, W, cut, ties, everything, WIDE: tl.constexpr):
     """Store the mask words of a tile: groups above the cut, forced ones, and the first ``ties`` of those at the cut.
     Returns how many lie at the cut."""
@@ -181,17 +150,10 @@ def _store_words(x, mask_ptr, first, W, cut, ties, everything, WIDE: tl.constexp
         at_cut += (score == cut).to(tl.int32) << (place + half)
     above = tl.sum(above, 1)
     at_cut = tl.sum(at_cut, 1)
-    count = _popcount(at_cut)
-    taken = tl.minimum(tl.maximum(ties - (tl.cumsum(count, 0) - count), 0), count)
-    part = tl.where(taken < count, taken, 0)  # in one word at most: its lowest bits
-    rest = at_cut
-    lowest = tl.zeros([WORDS], tl.int32)
-    for i in range(tl.max(part)):
-        lowest = lowest | tl.where(i < part, rest & -rest, 0)
-        rest = rest & (rest - 1)
+    tied, count = first_ties(at_cut, ties)
     word = first + tl.arange(0, WORDS)
-    tl.store(mask_ptr + word, above | tl.where(taken == count, at_cut, lowest), mask=word < W)
-    return tl.sum(count)
+    tl.store(mask_ptr + word, above | tied, mask=word < W)
+    return count
 
 
 @triton.jit(do_not_specialize=["groups", "limit"])  # 1 would be a Python int, without methods
@@ -237,7 +199,7 @@ def _cut(
     if HAS_BIAS:
         groups = valid
     if HAS_BIAS or BY_HEAD:  # the share of the groups that are not masked; float64 as in the reference
-        limit = tl.maximum(groups.to(tl.float64) * _of_head(shares, h) + 0.5, 1.0).to(tl.int32)
+        limit = tl.maximum(groups.to(tl.float64) * of_head(shares, h) + 0.5, 1.0).to(tl.int32)
     total = mass + forced_mass
     target = total * top_p
     most = limit.to(tl.float32)
@@ -326,7 +288,7 @@ def _cut(
         token = row
         if HAS_ORDER:
             token = tl.load(order_ptr + row, mask=row < Sq, other=0)
-        inside = _in_ranges(token, 1, dense_queries) & (row < Sq)
+        inside = in_ranges(token, 1, dense_queries) & (row < Sq)
         everything = tl.max(inside.to(tl.int32)) > 0
     ties -= _store_words(x, mask_ptr, 0, W, cut, ties, everything, WIDE)
     if REST > 0:
@@ -382,12 +344,23 @@ def launch(
     dense_keys = tuple(min(x, keys) for x in dense_keys)
     shares = share if isinstance(share, list) else [share]
     wide = score.dtype == torch.float32
+    count = min(shares) < 1 or (top_p is None and alpha is None)
+    limit = max(1, int(groups * shares[0] + 0.5))
+    place = (first, heads, first_slice, T, W, queries, groups, limit)
+    flags = dict(
+        M=m, N=n, HAS_BIAS=masked, HAS_ORDER=order is not None, HAS_FORCED=bool(dense_keys),
+        HAS_DENSE=bool(dense_queries), HAS_REFRESH=refresh is not None, BY_HEAD=len(shares) > 1,
+    )  # fmt: skip
+    pointers = (score if wide else score.view(torch.int32), order, mask, refresh, *mask.stride()[:3])
+    if count and not wide and top_p is None and alpha is None:
+        mean = 2.0**NARROW_SCALE * (m // summed) / groups
+        select_cut_packed._cut_packed[(T, B * heads)](
+            *pointers, *place, select_cut_packed.typical_bits(mean), _parts(tuple(shares)),
+            dense_keys, tuple(dense_queries), **flags, **select_cut_packed.configuration(W),
+        )  # fmt: skip
+        return
     _cut[(T, B * heads)](
-        score if wide else score.view(torch.int32), order, mask, refresh, *mask.stride()[:3],
-        first, heads, first_slice, T, W, queries, groups, max(1, int(groups * shares[0] + 0.5)), _parts(tuple(shares)),
-        1.0 if top_p is None else top_p, alpha or 0.0, summed, dense_keys, tuple(dense_queries),
-        M=m, N=n, WIDE=wide, COUNT=min(shares) < 1 or (top_p is None and alpha is None), MASS=top_p is not None,
-        HAS_BIAS=masked, HAS_ORDER=order is not None, HAS_FORCED=bool(dense_keys), HAS_DENSE=bool(dense_queries),
-        ALPHA=alpha is not None, HAS_REFRESH=refresh is not None, BY_HEAD=len(shares) > 1,
-        **configuration(W, wide),
+        *pointers, *place, _parts(tuple(shares)), 1.0 if top_p is None else top_p, alpha or 0.0, summed,
+        dense_keys, tuple(dense_queries), **flags, WIDE=wide, COUNT=count, MASS=top_p is not None,
+        ALPHA=alpha is not None, **configuration(W, wide),
     )  # fmt: skip
