@@ -1,4 +1,21 @@
-"""The best groups of each slice by number, two float16 scores in an integer: ``select_cut`` for a density."""
+"""The best groups of each slice by number: ``select_cut`` for float16 scores and a density (portable Triton).
+
+    mask[t] = the ``limit`` groups with the best scores, equal ones by index
+
+score  [B * heads, T, W * 16]  int32, two float16 (``select_scores``) in each: 0 or more, -1 where masked, NaN
+mask   [B, Hq, T, W]           int32, ``kernels.mask``
+Grid   (T, B * heads)          one program a slice
+
+Two scores are counted at once: their bits lie below a guard bit each, and after one subtraction of the cut from both
+the guard is set where a score is the cut or more. A pass costs 7 instructions for four groups (two each of subtract,
+shift, mask; one addition of three terms) and 75 to 90 for the sum over warps, its barrier and the step: 314 a warp at 8
+warps and 32,760 groups. Forced groups (NaN, ``dense_keys``) are the largest integers, masked ones never count, so
+nothing is known of the row before the search but where it begins: at the mean of the scores, whose sum is the number of
+query means. It goes on as in ``select_cut``, 5 to 7 passes (lognormal rows of sigma 0.3 to 3, densities 0.02 to 0.8)
+where shares of the count need 9.6, and stops where exactly ``limit`` are held. All is integers: the way the search goes
+does not change the mask. A thread holds 64 pairs, within 128 registers: two programs of 8 warps share an SM at 32,760
+groups. Meaning: ``reference_select.best_groups``; resources: ``python -m fg_inductor bench resources``.
+"""
 
 import functools
 import struct
@@ -13,7 +30,7 @@ GUARD = tl.constexpr(-0x7FFF8000)  # 0x80008000, the bit above each of two value
 ONES = tl.constexpr(0x00010001)
 MOST = 2048  # words of the first tile
 PATIENCE = tl.constexpr(12)
-SLOPE = tl.constexpr(1.66e-3 * 2.0**23)  # of ``_odds`` over the bits, for a lognormal of sigma 1
+REACH = tl.constexpr(1 / (1.66e-3 * 2.0**23))  # bits of a cut over ``odds``, for a lognormal of sigma 1
 FORCED = tl.constexpr(0x7C01)  # bits of NaN are these or more; those of all other scores are less
 
 
@@ -50,6 +67,15 @@ def popcount(x):
 
 
 @triton.jit
+def odds(held, total, little):
+    """The logarithm of the odds held : total - held, times 2^23 and linear between powers of two: the bits of a
+    float32. It is close to linear in the bits of the cut where scores are spread like a lognormal."""
+    for_it = (held + little).to(tl.int32, bitcast=True)
+    against = (tl.maximum(total - held, 0.0) + little).to(tl.int32, bitcast=True)
+    return (for_it - against).to(tl.float32)
+
+
+@triton.jit
 def first_ties(at_cut, ties):
     """The first ``ties`` bits of mask words [WORDS], and how many bits they have in all."""
     count = popcount(at_cut)
@@ -68,18 +94,23 @@ def first_ties(at_cut, ties):
 
 
 @triton.jit
+def guarded(x):
+    """Pairs of float16 whose integers order them: the bits of a score below a guard bit, which is set. A masked group
+    has it not, and the largest value below it, so that what is subtracted borrows nothing. NaN is above all others."""
+    masked = (x >> 15) & ~(x >> 14) & ONES  # the sign without the highest bit of the exponent: -1, and no NaN
+    return (x | GUARD) - masked * 0x3C01
+
+
+@triton.jit
 def _load(
     row_ptr, first, W, dense_keys,
     N: tl.constexpr, WORDS: tl.constexpr, HAS_FORCED: tl.constexpr,
 ):  # fmt: skip
-    """[WORDS, 16] int32, two groups in each: the bits of a score below a guard bit, which is set; a masked group
-    has it not, and the largest value below it, from which nothing that is subtracted borrows. Forced groups are the
-    largest of all: NaN, or what is in ``dense_keys``."""
+    """The scores of WORDS mask words from ``first`` on, ``guarded``; groups in ``dense_keys`` are as large as NaN."""
     word = first + tl.arange(0, WORDS)
     place = tl.arange(0, 16)
     x = tl.load(row_ptr + (word[:, None] * 16 + place[None, :]), mask=(word < W)[:, None], other=MASKED_PAIR)
-    masked = (x >> 15) & ~(x >> 14) & ONES  # the sign without the highest bit of the exponent: -1, and no NaN
-    x = (x | GUARD) - masked * 0x3C01
+    x = guarded(x)
     if HAS_FORCED:
         group = word[:, None] * 32 + place[None, :] * 2
         for half in tl.static_range(2):
@@ -123,15 +154,6 @@ def _held(
 
 
 @triton.jit
-def _odds(count, groups):
-    """The logarithm of the odds that a group is held, times 2^23 and linear between powers of two: the bits of a
-    float32. It is close to linear in the bits of the cut where scores are spread like a lognormal."""
-    for_it = (count.to(tl.float32) + 0.5).to(tl.int32, bitcast=True)
-    against = (tl.maximum(groups - count, 0).to(tl.float32) + 0.5).to(tl.int32, bitcast=True)
-    return (for_it - against).to(tl.float32)
-
-
-@triton.jit
 def _words(pairs):
     """Mask words [WORDS] from the guards of a tile [WORDS, 16]; first the 8 bits of 4 neighbours: of one thread."""
     place = tl.arange(0, 4)
@@ -141,7 +163,7 @@ def _words(pairs):
 
 
 @triton.jit
-def _store(x, mask_ptr, first, W, high, low, ties):
+def store(x, mask_ptr, first, W, high, low, ties):
     """Store the mask words of a tile: groups with the bits ``high`` or more, the first ``ties`` of the others that have
     ``low`` or more. Returns how many these are."""
     words = _words(_less(x, high))
@@ -195,19 +217,20 @@ def _cut_packed(
     low = 0
     high = tl.where(everything, 0, FORCED + 1)
     held = 0
-    wanted = _odds(limit, groups)
-    at_low = _odds(groups, groups) - wanted
-    at_high = _odds(groups - groups, groups) - wanted
+    all_groups = groups.to(tl.float32)
+    wanted = odds(limit.to(tl.float32), all_groups, 0.5)
+    at_low = odds(all_groups, all_groups, 0.5) - wanted
+    at_high = odds(all_groups * 0.0, all_groups, 0.5) - wanted
     middle = typical
-    reach = 1 / SLOPE
+    reach = REACH
     passes = 0
     side = 0
     while high - low > 1:
         middle = tl.minimum(tl.maximum(middle, low + 1), high - 1)
         count = _held(x, y, middle, row_ptr, W, dense_keys, N, WORDS, REST, LOOP, BASE, HAS_FORCED)
         enough = count >= limit
-        excess = _odds(count, groups) - wanted
-        # Illinois: the end that stays twice in a row loses half its weight.
+        excess = odds(count.to(tl.float32), all_groups, 0.5) - wanted
+        # Illinois: the end that stays twice in a row loses weight.
         at_high = tl.where(enough, tl.where(side == 1, at_high * 0.7, at_high), excess)
         at_low = tl.where(enough, excess, tl.where(side == -1, at_low * 0.7, at_low))
         low = tl.where(enough, middle, low)
@@ -228,13 +251,13 @@ def _cut_packed(
     # All there are: high is 0. All forced ones are kept, also where they are more than the limit.
     high = tl.minimum(high, FORCED)
     ties = limit - held
-    ties -= _store(x, mask_ptr, 0, W, high, low, ties)
+    ties -= store(x, mask_ptr, 0, W, high, low, ties)
     if REST > 0:
-        ties -= _store(y, mask_ptr, WORDS, W, high, low, ties)
+        ties -= store(y, mask_ptr, WORDS, W, high, low, ties)
     if LOOP:
         for first in range(WORDS + REST, W, REST):
             z = _load(row_ptr, first, W, dense_keys, N, REST, HAS_FORCED)
-            ties -= _store(z, mask_ptr, first, W, high, low, ties)
+            ties -= store(z, mask_ptr, first, W, high, low, ties)
 
 
 def configuration(words: int) -> dict:
