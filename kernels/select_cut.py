@@ -8,13 +8,16 @@ mask   [B, Hq, T, W]           int32, ``kernels.mask``
 Grid   (T, B * heads)          one program a slice
 
 The bits of scores order them. The cut is the largest value whose prefix is long enough. It is bracketed, low enough
-and high not, and found by regula falsi with the Illinois rule on the share of the target that is held: 9 passes over
-the row where halving needs 14 (mean over lognormal rows of 4,095 and 32,760 groups); from pass 12 on it halves. Equal
-scores are taken by index: groups at the cut are packed to bits like those above it, and only words are ranked. So the
-mask is a function of the scores alone. The row stays in registers, float16 scores in pairs: 64 registers a thread hold
-131,072 groups in 32 warps. A pass is four instructions a group (convert, compare, select, add): at 12 heads x 256
-slices x 4,095 groups 12.6 million groups, 1.8 us of an H100's ALUs. Forced groups (NaN scores, ``dense_keys``) come
-before all others and count with their mass. Meaning: ``reference_select.select_pooled``.
+and high not. The search begins at 0.6 of the mean score and goes by regula falsi with the Illinois rule on the log of
+the odds of what is held, which is close to linear in the bits: 7 passes over the row (mean over lognormal rows of sigma
+0.3 to 3 and nearly equal ones, top_p 0.5 to 0.95) where shares of the target need 9 and halving 14; from pass 12 on it
+halves. What is held falls with the cut, also as float32 rounds it, so the way there does not change the mask.
+Equal scores are taken by index: groups at the cut are packed to bits like those above it, and only words are ranked. So
+the mask is a function of the scores alone. The row stays in registers, float16 scores in pairs where a thread has many.
+A pass of 16 warps over 32,760 groups is 269 instructions a warp: 5 for two groups (compare both, select and add each)
+and 110 for sums, barriers and the step. Selection by number alone is another kernel (``select_cut_packed``), which
+counts in integers. Forced groups (NaN scores, ``dense_keys``) come before all others and count with their mass.
+Meaning: ``reference_select.best_groups``.
 """
 
 import functools
@@ -24,37 +27,26 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fg_inductor.kernels import select_cut_packed
+from fg_inductor.kernels.select_cut_packed import (
+    FORCED,
+    MASKED_PAIR,
+    PATIENCE,
+    REACH,
+    first_ties,
+    guarded,
+    in_ranges,
+    odds,
+    of_head,
+    store,
+)
 from fg_inductor.kernels.select_scores import NARROW_SCALE
 from fg_inductor.kernels.sizes import next_power_of_2
 
 MASKED = tl.constexpr(-1.0)
-MASKED_PAIR = tl.constexpr(-0x43FF4400)  # 0xBC00BC00, two float16 of -1
 NAN = tl.constexpr(0x7E00)
 NARROW_UNIT = tl.constexpr(2.0**NARROW_SCALE)  # a score of 1 in float16
-PATIENCE = tl.constexpr(12)
-
-
-@triton.jit
-def _in_ranges(index, size, ranges):
-    """Whether index .. index + size - 1 meets one of the half-open ranges (start0, end0, start1, end1, ...)."""
-    inside = index < 0
-    for i in tl.static_range(len(ranges) // 2):
-        meets = (index < ranges[2 * i + 1]) & (index + size > ranges[2 * i])
-        inside = inside | (meets & (ranges[2 * i] < ranges[2 * i + 1]))
-    return inside
-
-
-@triton.jit
-def _of_head(shares, h):
-    """The share of head h in float64: three float32 parts for all heads, or three for each (``_parts``)."""
-    high = shares[0]
-    middle = shares[1]
-    low = shares[2]
-    for i in tl.static_range(1, len(shares) // 3):
-        high = tl.where(h == i, shares[3 * i], high)
-        middle = tl.where(h == i, shares[3 * i + 1], middle)
-        low = tl.where(h == i, shares[3 * i + 2], low)
-    return tl.full([], high, tl.float64) + tl.full([], middle, tl.float64) + tl.full([], low, tl.float64)
+TYPICAL = tl.constexpr(0.6)  # the search begins at this part of the mean score
 
 
 @triton.jit
@@ -86,7 +78,7 @@ def _from_bits(bits, WIDE: tl.constexpr):
 @triton.jit
 def _load(
     row_ptr, first, W, dense_keys,
-    N: tl.constexpr, WORDS: tl.constexpr, WIDE: tl.constexpr, HAS_FORCED: tl.constexpr,
+    N: tl.constexpr, WORDS: tl.constexpr, WIDE: tl.constexpr, HAS_FORCED: tl.constexpr, AGAIN: tl.constexpr = False,
 ):  # fmt: skip
     """The scores of WORDS mask words from ``first`` on, forced ones as NaN, and the mass of those in ``dense_keys``.
 
@@ -99,13 +91,14 @@ def _load(
         row_ptr + (word[:, None] * (32 // HALVES) + place[None, :]),
         mask=(word < W)[:, None],
         other=MASKED if WIDE else MASKED_PAIR,
+        cache_modifier=".cg" if AGAIN else "",
     )
     mass = 0.0
     if HAS_FORCED:
         group = word[:, None] * 32 + place[None, :] * HALVES
         for half in tl.static_range(HALVES):
             score = _value(x, half, WIDE)
-            forced = _in_ranges((group + half) * N, N, dense_keys) & (score != MASKED)
+            forced = in_ranges((group + half) * N, N, dense_keys) & (score != MASKED)
             mass += tl.sum(tl.where(forced & (score == score), score, 0.0))
             if WIDE:
                 x = tl.where(forced, float("nan"), x)
@@ -141,10 +134,11 @@ def _statistics(x, WIDE: tl.constexpr, MASS: tl.constexpr):
 def _held(x, cut, WIDE: tl.constexpr, COUNT: tl.constexpr, MASS: tl.constexpr):
     """Groups of a tile with a score of ``cut`` or more, forced ones left out: how many, and their mass."""
     HALVES: tl.constexpr = 1 if WIDE else 2
-    counts = tl.zeros(x.shape, tl.int32)
-    masses = tl.zeros(x.shape, tl.float32)
-    for half in tl.static_range(HALVES):
-        score = _value(x, half, WIDE)
+    score = _value(x, 0, WIDE)
+    counts = (score >= cut).to(tl.int32)
+    masses = tl.where(score >= cut, score, 0.0)  # no 0 before it: the compiler would have to add that
+    if HALVES == 2:
+        score = _value(x, 1, WIDE)
         counts += (score >= cut).to(tl.int32)
         masses += tl.where(score >= cut, score, 0.0)
     count = 0
@@ -157,12 +151,17 @@ def _held(x, cut, WIDE: tl.constexpr, COUNT: tl.constexpr, MASS: tl.constexpr):
 
 
 @triton.jit
-def _popcount(x):
-    """Bits of each int32 that are set."""
-    x = x - ((x >> 1) & 0x55555555)
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    return ((x * 0x01010101) >> 24) & 0xFF
+def _excess(
+    count, mass, groups, total, wanted_count, wanted_mass,
+    COUNT: tl.constexpr, MASS: tl.constexpr,
+):  # fmt: skip
+    """How far what is held is above what is wanted, the larger of the two; a guide for the search and no more."""
+    excess = -1e30
+    if COUNT:
+        excess = tl.maximum(excess, odds(count.to(tl.float32), groups.to(tl.float32), 0.5) - wanted_count)
+    if MASS:
+        excess = tl.maximum(excess, odds(mass, total, total * 2.0**-20) - wanted_mass)
+    return excess
 
 
 @triton.jit
@@ -181,17 +180,10 @@ def _store_words(x, mask_ptr, first, W, cut, ties, everything, WIDE: tl.constexp
         at_cut += (score == cut).to(tl.int32) << (place + half)
     above = tl.sum(above, 1)
     at_cut = tl.sum(at_cut, 1)
-    count = _popcount(at_cut)
-    taken = tl.minimum(tl.maximum(ties - (tl.cumsum(count, 0) - count), 0), count)
-    part = tl.where(taken < count, taken, 0)  # in one word at most: its lowest bits
-    rest = at_cut
-    lowest = tl.zeros([WORDS], tl.int32)
-    for i in range(tl.max(part)):
-        lowest = lowest | tl.where(i < part, rest & -rest, 0)
-        rest = rest & (rest - 1)
+    tied, count = first_ties(at_cut, ties)
     word = first + tl.arange(0, WORDS)
-    tl.store(mask_ptr + word, above | tl.where(taken == count, at_cut, lowest), mask=word < W)
-    return tl.sum(count)
+    tl.store(mask_ptr + word, above | tied, mask=word < W)
+    return count
 
 
 @triton.jit(do_not_specialize=["groups", "limit"])  # 1 would be a Python int, without methods
@@ -237,7 +229,7 @@ def _cut(
     if HAS_BIAS:
         groups = valid
     if HAS_BIAS or BY_HEAD:  # the share of the groups that are not masked; float64 as in the reference
-        limit = tl.maximum(groups.to(tl.float64) * _of_head(shares, h) + 0.5, 1.0).to(tl.int32)
+        limit = tl.maximum(groups.to(tl.float64) * of_head(shares, h) + 0.5, 1.0).to(tl.int32)
     total = mass + forced_mass
     target = total * top_p
     most = limit.to(tl.float32)
@@ -245,31 +237,34 @@ def _cut(
     # low is enough (or all there are), high is not; held: by what comes at high or above.
     low = 0
     high = _bits(tl.maximum(top, 0.0), WIDE) + 1
-    at_low = 0.0  # how far the target is exceeded, as a share of it
-    at_high = -1.0
     held = forced
     held_mass = forced_mass
     done = top < 0.0
+    mean = total / groups.to(tl.float32)
     if MASS:
         # Groups below this score lack, all together, less than may be dropped.
         small = _bits(total * (1 - top_p) / groups.to(tl.float32), WIDE) - 2
         low = tl.minimum(tl.maximum(low, small), high - 1)
-        at_low = 1 / top_p - 1
         done = done | ((forced > 0) & (forced_mass >= target))
     if COUNT:
-        at_low = tl.maximum(at_low, groups.to(tl.float32) / most - 1)
         done = done | (forced >= limit)
         if not MASS:  # where everything is wanted there is nothing to search
             high = tl.where(groups <= limit, low + 1, high)
     if not (COUNT or MASS):
         high = low + 1
     high = tl.where(done, low + 1, high)
+    # The search may go any way: what is held falls with the cut, also as it is rounded.
+    count_wanted = odds(most, groups.to(tl.float32), 0.5)
+    mass_wanted = odds(target, total, total * 2.0**-20)
+    at_low = _excess(groups, total, groups, total, count_wanted, mass_wanted, COUNT, MASS)
+    at_high = _excess(groups - groups, total - total, groups, total, count_wanted, mass_wanted, COUNT, MASS)
+    middle = _bits(mean * TYPICAL, WIDE)
+    reach = REACH * 8192.0 if WIDE else REACH
+    least = low
+    greatest = high
     passes = 0
     side = 0
     while high - low > 1:
-        step = (high - low).to(tl.float32) * (at_low / tl.maximum(at_low - at_high, 1e-30))
-        middle = low + tl.minimum(tl.maximum(step, 0.0), 1e9).to(tl.int32)
-        middle = tl.where(passes < PATIENCE, middle, low + (high - low) // 2)
         middle = tl.minimum(tl.maximum(middle, low + 1), high - 1)
         cut = _from_bits(middle, WIDE)
         # Zero, which the compiler can't know: else it converts the whole row before the loop, and spills.
@@ -287,21 +282,31 @@ def _cut(
                 z_count, z_total = _held(z, cut, WIDE, COUNT, MASS)
                 count += z_count
                 mass += z_total
-        excess = -1.0
+        enough = low < 0
         if COUNT:
-            excess = tl.maximum(excess, (count - limit).to(tl.float32) / most)
+            enough = enough | (count >= limit)
         if MASS:
-            excess = tl.maximum(excess, (mass - target) / tl.maximum(target, 1e-30))
-        enough = excess >= 0.0
-        # Illinois: the end that stays twice in a row loses half its weight.
-        at_high = tl.where(enough, tl.where(side == 1, at_high * 0.5, at_high), excess)
-        at_low = tl.where(enough, excess, tl.where(side == -1, at_low * 0.5, at_low))
+            enough = enough | (mass - target >= 0.0)
+        excess = _excess(count, mass, groups, total, count_wanted, mass_wanted, COUNT, MASS)
+        excess = tl.where(enough, tl.maximum(excess, 0.0), tl.minimum(excess, 0.0))
+        # Illinois: the end that stays twice in a row loses weight.
+        at_high = tl.where(enough, tl.where(side == 1, at_high * 0.7, at_high), excess)
+        at_low = tl.where(enough, excess, tl.where(side == -1, at_low * 0.7, at_low))
         low = tl.where(enough, middle, low)
         high = tl.where(enough, high, middle)
         held = tl.where(enough, held, count)
         held_mass = tl.where(enough, held_mass, mass)
         side = tl.where(enough, 1, -1)
         passes += 1
+        # Between the ends; by the slope alone, and twice as far each time, while one of them is as it was.
+        width = (high - low).to(tl.float32)
+        inside = width * (at_low / tl.maximum(at_low - at_high, 1e-30))
+        open_ended = (low == least) | (high == greatest)
+        step = tl.where(open_ended, excess * reach + 8.0 * side, inside)
+        step = tl.minimum(tl.maximum(step, -width), width).to(tl.int32)
+        reach *= 2
+        middle = tl.where(open_ended & (low == least), high, low) + step
+        middle = tl.where(passes < PATIENCE, middle, low + (high - low) // 2)
 
     cut = _from_bits(low, WIDE)
     ties = 0x3FFFFFFF  # groups at exactly the cut that are kept, by index
@@ -326,15 +331,29 @@ def _cut(
         token = row
         if HAS_ORDER:
             token = tl.load(order_ptr + row, mask=row < Sq, other=0)
-        inside = _in_ranges(token, 1, dense_queries) & (row < Sq)
+        inside = in_ranges(token, 1, dense_queries) & (row < Sq)
         everything = tl.max(inside.to(tl.int32)) > 0
-    ties -= _store_words(x, mask_ptr, 0, W, cut, ties, everything, WIDE)
-    if REST > 0:
-        ties -= _store_words(y, mask_ptr, WORDS, W, cut, ties, everything, WIDE)
-    if LOOP:
-        for first in range(WORDS + REST, W, REST):
-            z, _mass = _load(row_ptr, first, W, dense_keys, N, REST, WIDE, HAS_FORCED)
-            ties -= _store_words(z, mask_ptr, first, W, cut, ties, everything, WIDE)
+    if WIDE or ALPHA or not LEAN:  # the last: with the float32 of the loop
+        ties -= _store_words(x, mask_ptr, 0, W, cut, ties, everything, WIDE)
+        if REST > 0:
+            ties -= _store_words(y, mask_ptr, WORDS, W, cut, ties, everything, WIDE)
+        if LOOP:
+            for first in range(WORDS + REST, W, REST):
+                z, _mass = _load(row_ptr, first, W, dense_keys, N, REST, WIDE, HAS_FORCED)
+                ties -= _store_words(z, mask_ptr, first, W, cut, ties, everything, WIDE)
+    else:
+        low = tl.where(everything, 0, tl.where(done, FORCED, low))
+        high = tl.where(everything, 0, tl.where(done, FORCED, low + 1))
+        # Read again, from L2 (else the compiler takes it for the same load): fewer registers live through the loop.
+        x, _mass = _load(row_ptr, 0, W, dense_keys, N, WORDS, WIDE, HAS_FORCED, True)
+        ties -= store(guarded(x), mask_ptr, 0, W, high, low, ties)
+        if REST > 0:
+            y, _mass = _load(row_ptr, WORDS, W, dense_keys, N, REST, WIDE, HAS_FORCED, True)
+            ties -= store(guarded(y), mask_ptr, WORDS, W, high, low, ties)
+        if LOOP:
+            for first in range(WORDS + REST, W, REST):
+                z, _mass = _load(row_ptr, first, W, dense_keys, N, REST, WIDE, HAS_FORCED)
+                ties -= store(guarded(z), mask_ptr, first, W, high, low, ties)
 
 
 def configuration(words: int, wide: bool) -> dict:
@@ -382,12 +401,23 @@ def launch(
     dense_keys = tuple(min(x, keys) for x in dense_keys)
     shares = share if isinstance(share, list) else [share]
     wide = score.dtype == torch.float32
+    count = min(shares) < 1 or (top_p is None and alpha is None)
+    limit = max(1, int(groups * shares[0] + 0.5))
+    place = (first, heads, first_slice, T, W, queries, groups, limit)
+    flags = dict(
+        M=m, N=n, HAS_BIAS=masked, HAS_ORDER=order is not None, HAS_FORCED=bool(dense_keys),
+        HAS_DENSE=bool(dense_queries), HAS_REFRESH=refresh is not None, BY_HEAD=len(shares) > 1,
+    )  # fmt: skip
+    pointers = (score if wide else score.view(torch.int32), order, mask, refresh, *mask.stride()[:3])
+    if count and not wide and top_p is None and alpha is None:
+        mean = 2.0**NARROW_SCALE * (m // summed) / groups
+        select_cut_packed._cut_packed[(T, B * heads)](
+            *pointers, *place, select_cut_packed.typical_bits(mean), _parts(tuple(shares)),
+            dense_keys, tuple(dense_queries), **flags, **select_cut_packed.configuration(W),
+        )  # fmt: skip
+        return
     _cut[(T, B * heads)](
-        score if wide else score.view(torch.int32), order, mask, refresh, *mask.stride()[:3],
-        first, heads, first_slice, T, W, queries, groups, max(1, int(groups * shares[0] + 0.5)), _parts(tuple(shares)),
-        1.0 if top_p is None else top_p, alpha or 0.0, summed, dense_keys, tuple(dense_queries),
-        M=m, N=n, WIDE=wide, COUNT=min(shares) < 1 or (top_p is None and alpha is None), MASS=top_p is not None,
-        HAS_BIAS=masked, HAS_ORDER=order is not None, HAS_FORCED=bool(dense_keys), HAS_DENSE=bool(dense_queries),
-        ALPHA=alpha is not None, HAS_REFRESH=refresh is not None, BY_HEAD=len(shares) > 1,
-        **configuration(W, wide),
+        *pointers, *place, _parts(tuple(shares)), 1.0 if top_p is None else top_p, alpha or 0.0, summed,
+        dense_keys, tuple(dense_queries), **flags, WIDE=wide, COUNT=count, MASS=top_p is not None,
+        ALPHA=alpha is not None, **configuration(W, wide),
     )  # fmt: skip

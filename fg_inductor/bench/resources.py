@@ -33,6 +33,7 @@ from fg_inductor.kernels import (
     observe,
     observe_heads,
     select_cut,
+    select_cut_packed,
     select_scores,
     work_order,
 )
@@ -279,14 +280,19 @@ def table() -> list[dict]:
     for p, reduce in ((8, ""), (1, ""), (8, " max")):
         constants = scoring | config | dict(P=p, SPLITS=2, WIDE=False, MAX=bool(reduce))
         rows.append(resources(select_scores._scores, f"D 128 P {p}{reduce}", constants, **options))
-    choice = dict(M=128, N=8, WIDE=False, HAS_BIAS=False, HAS_ORDER=False, HAS_FORCED=False, HAS_DENSE=False)
+    choice = dict(M=128, N=8, HAS_BIAS=False, HAS_ORDER=False, HAS_FORCED=False, HAS_DENSE=False)
     choice |= dict(order_ptr=None, dense_keys=(), dense_queries=(), refresh_ptr=None, HAS_REFRESH=False, BY_HEAD=False)
     for groups in (4095, 32_760, 75_600):
-        for name, mass, alpha in (("top-p", True, False), ("density", False, False), ("alpha", False, True)):
-            config = select_cut.configuration((groups + 127) // 128 * 4, wide=False)
+        words = (groups + 127) // 128 * 4
+        for name, mass, alpha in (("top-p", True, False), ("alpha", False, True)):
+            config = select_cut.configuration(words, wide=False)
             warps = config.pop("num_warps")
-            constants = choice | config | dict(COUNT=not (mass or alpha), MASS=mass, ALPHA=alpha)
+            constants = choice | config | dict(WIDE=False, COUNT=False, MASS=mass, ALPHA=alpha)
             rows.append(resources(select_cut._cut, f"{groups} groups {name}", constants, num_warps=warps))
+        config = select_cut_packed.configuration(words)
+        warps = config.pop("num_warps")
+        kernel = select_cut_packed._cut_packed
+        rows.append(resources(kernel, f"{groups} groups density", choice | config, num_warps=warps))
     return rows
 
 
