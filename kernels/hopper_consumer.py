@@ -91,9 +91,10 @@ def _step(
 ):  # fmt: skip
     """Scores and softmax of tile j of keys, beside the product of tile j - 1 with V.
 
-    ptxas moves the wait for that product up in front of the exponentials, unless a branch lies between. Neither that
-    (the wait for this tile's V put there), nor maxima and sums with shorter chains and fewer shuffles, nor turns for
-    the consumers, which begin their products one after the other, changed the time by more than 3% (H200).
+    ptxas moves the wait for that product up in front of the exponentials, unless a branch lies between. What was tried
+    for that, none faster: a branch (the wait for this tile's V) there, so that all of the softmax overlaps the product;
+    turns for the two consumers, so that one computes its softmax beside the other's products; maxima and sums with
+    shorter chains and fewer shuffles (``examples/benchmarks/results/forward_versions.json``).
     """
     k_bufs, v_bufs, bits_bufs = buffers
     k_full, k_empty, v_full, v_empty = bars

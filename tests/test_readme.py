@@ -31,11 +31,12 @@ def test_a_lost_marker_is_named(tables):
 
 
 def test_the_summary_takes_one_record_each(tables, tmp_path):
-    record = {"card": "A card", "torch": "2.11", "triton": "3.6", "preset": "p", "density": 0.3}
+    record = {"card": "NVIDIA A1 80GB", "torch": "2.11", "triton": "3.6", "preset": "p", "density": 0.3}
     times = {"baseline": "dense", "baseline_ms": 8.0, "median_ms": 4.0, "ratio": 2.0}
     (tmp_path / "a.json").write_text(json.dumps([{**record, **times}, {**record, **times, "density": 1.0}]))
     table = tables.summary_table(tmp_path, [("attention", "a.json", {"density": 0.3})])
-    assert "| attention | p | dense | 8 | 4 | 2.00x |" in table and "A card, torch 2.11, Triton 3.6." in table
+    assert "| attention | p | A1 | dense | 8 | 4 | 2.00x |" in table
+    assert "NVIDIA A1 80GB, torch 2.11, Triton 3.6." in table
     with pytest.raises(ValueError, match="2 records of a"):
         tables.summary_table(tmp_path, [("attention", "a.json", {"preset": "p"})])
 

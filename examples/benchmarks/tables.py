@@ -27,7 +27,9 @@ ENVIRONMENT = ("bench", "card", "torch", "triton", "cudnn", "commit")
 LABELS = {
     "median_ms": "ms", "baseline_ms": "baseline, ms", "ratio": "speed-up", "kept": "kept density", "rate": "rate kept",
     "slice": "M x N", "psnr_db": "PSNR, dB", "lists_ms": "lists, ms", "select_ms": "selection, ms",
-    "select_share": "selection of dense", "top_p": "top-p", "select_top_p_ms": "top-p selection, ms",
+    "select_share": "selection of dense", "cut_ms": "cut, ms", "scores_ms": "scores, ms",
+    "normaliser_ms": "normaliser, ms", "means_ms": "means, ms", "top_p": "top-p",
+    "select_top_p_ms": "top-p selection, ms",
     "select_top_p_share": "top-p selection of dense", "select_memory": "selection's memory of q, k, v",
     "mask_memory": "mask of q, k, v",
     "lists": "kept groups", "tail_ms": "tail, ms", "together_ms": "selection and attention, ms",
@@ -38,9 +40,11 @@ PERCENT = {"select_share", "select_top_p_share"}
 MEMORY = {"select_memory", "mask_memory"}  # shares that may pass 1
 HIDDEN = {"density", "p20_ms", "p80_ms", "baseline_p20_ms", "baseline_p80_ms"}
 WAN = "attention_hopper_wan2.1-1.3b-480p.json"
+SELECTION = "attention_hopper_selection.json"
 PLAIN = {"variant": "hopper", "tail": "none"}
 # What it is, the file, and the values that pick one record in it.
 SUMMARY = (
+    ("attention, 30% kept in groups of 16 keys, the default", SELECTION, {**PLAIN, "slice": "128x16", "density": 0.3}),
     ("attention, 30% kept in groups of 8 keys", WAN, {**PLAIN, "slice": "128x8", "density": 0.3}),
     ("attention, 30% kept key by key", WAN, {**PLAIN, "slice": "128x1", "density": 0.3}),
     ("attention, 10% kept in groups of 8 keys", WAN, {**PLAIN, "slice": "128x8", "density": 0.1}),
@@ -143,7 +147,8 @@ def _text(value, name: str) -> str:
 
 def summary_table(folder: Path = HERE / "results", summary=SUMMARY) -> str:
     """The records that ``summary`` names, as Markdown. Raises ValueError where one is not there, or not alone."""
-    lines = ["| what | where | baseline | baseline, ms | ms | speed-up |", "| --- | --- | --- | ---: | ---: | ---: |"]
+    lines = ["| what | where | card | baseline | baseline, ms | ms | speed-up |"]
+    lines.append("| --- | --- | --- | --- | ---: | ---: | ---: |")
     cards = set()
     for what, file, values in summary:
         records = load(folder / file)
@@ -153,7 +158,8 @@ def summary_table(folder: Path = HERE / "results", summary=SUMMARY) -> str:
         (r,) = found
         cards.add(f"{r['card']}, torch {r['torch']}, Triton {r['triton']}")
         numbers = (_text(r[name], name) for name in LAST)
-        lines.append(f"| {what} | {r.get('preset') or _text(r['shape'], 'shape')} | " + " | ".join(numbers) + " |")
+        place, card = r.get("preset") or _text(r["shape"], "shape"), r["card"].removeprefix("NVIDIA ").split()[0]
+        lines.append(f"| {what} | {place} | {card} | " + " | ".join(numbers) + " |")
     return "\n".join([*lines, "", f"{'; '.join(sorted(cards))}."])
 
 

@@ -156,8 +156,8 @@ def _flashinfer(m: int, n: int):
 
 
 def _vsa(H, S, D):
-    """The wheel (0.3.2) brings a libcuda of its own. Where the driver is of another version its kernels end in an
-    illegal instruction, unless that file is made a link to the driver's libcuda.so.1.
+    """The wheel (0.3.2) brings a libcuda of its own (fastvideo_kernel.libs). Where the driver is of another version its
+    kernels end in an illegal instruction; they run once that file is a link to the driver's libcuda.so.1.
     """
     from fastvideo_kernel.block_sparse_attn import _map_to_index, block_sparse_attn_from_indices
 
