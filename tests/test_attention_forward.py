@@ -1,6 +1,8 @@
 """The attention kernels against float64: one table of cases for both; the portable one in Triton's interpreter where
 there is no GPU, the one for Hopper on a Hopper GPU only."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -237,3 +239,38 @@ def test_work_order(shape, device, poison):
     expected = [(h * shape[2] + x, heads[h, x]) for h in ranked for x in heads[h].sort(descending=True, stable=True)[1]]
     assert work[:-1, :3].tolist() == [[int(index), int(kept), int(index)] for index, kept in expected]
     assert work[-1, 0] == 0
+
+
+# What the copy engine is told
+
+
+def test_boxes_make_up_a_tile():
+    """Boxes are whole groups or parts of one, repeat the swizzle of 8 rows, and 1 key at a time makes none."""
+    from fg_inductor.kernels.attention_forward_hopper import configuration
+
+    for m, n, d in itertools.product(SLICES, GROUPS, (64, 96, 128)):
+        config = configuration(d, m, n)
+        rows = config["BOX"]
+        if n < 8:
+            assert rows == 0 and config["PRODUCER_WARPS"] == 4
+        else:
+            assert config["BLOCK_N"] % rows == 0 and rows % 8 == 0 and config["PRODUCER_WARPS"] == 1
+            assert n % rows == 0
+
+
+def test_descriptors():
+    """Strides of dimensions of size 1 mean nothing and may be odd; what repeats or is empty has no descriptor."""
+    from fg_inductor.kernels.attention_forward_hopper import boxes, loadable
+
+    fused = torch.zeros(2, 40, 3, 4, 64, dtype=torch.bfloat16)  # B, S, q k v, H, D
+    k = fused[:, :, 1].transpose(1, 2)
+    assert loadable(k)
+    made = boxes(k, 16)
+    assert (
+        made.shape == [2, 4, 40, 64] and made.strides == [40 * 768, 64, 768, 1] and made.block_shape == [1, 1, 16, 64]
+    )
+    assert made.base.data_ptr() == k.data_ptr()
+    one = torch.zeros(40 * 64, dtype=torch.bfloat16).as_strided((1, 1, 40, 64), (7, 3, 64, 1))
+    assert loadable(one) and boxes(one, 8).strides == [16, 16, 64, 1]
+    assert not loadable(k[:, :1].expand(-1, 4, -1, -1)) and not loadable(k[:, :, :0])
+    assert boxes(None, 8) is None

@@ -26,7 +26,13 @@ def timed(monkeypatch):
         taken.append(1)
         return Timing(float(len(taken)), 0.5, 99.5)
 
+    def measure_graph(calls, turns):
+        if len(taken) % 2:
+            raise RuntimeError("operation not permitted\nwhen the stream is capturing")
+        return Timing(0.25, 0.2, 0.3)
+
     monkeypatch.setattr(peers, "measure", measure)
+    monkeypatch.setattr(peers, "measure_graph", measure_graph)
     monkeypatch.setattr(peers, "environment", lambda: {"card": "a card", "torch": "2", "triton": "3", "commit": "abc"})
 
     def fails(heads, tokens, dim):
@@ -53,6 +59,8 @@ def test_rows(timed, tmp_path):
     assert dense["error"] < 0.01 and dense["kept"] == 1 and dense["mask_ms"] == 0
     assert fine["kept"] == 0.25 and coarse["kept"] == 0.5  # of two blocks one is the least
     assert dense["error"] < fine["error"] < 0.9 and fine["together_ms"] == fine["median_ms"] + fine["mask_ms"]
+    assert (dense["graph_ms"], dense["graph_failed"]) == (None, "RuntimeError: operation not permitted")
+    assert fine["graph_ms"] is None and coarse["graph_ms"] is None  # an odd number of measurements each time
     assert fine["baseline"] == "dense" and fine["ratio"] == 1 / fine["median_ms"]
     assert "a_module_that_nobody_has" in missing["failed"] and broken["failed"] == "RuntimeError: no such"
     assert "shape" in wrong["failed"]

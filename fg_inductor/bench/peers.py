@@ -5,7 +5,9 @@
 The score is exact: the attention mass that the queries of a slice give each key. Each kernel keeps, for each slice and
 head, the same share of its own groups of keys, those with most mass; so what granularity costs shows as error at equal
 density. "median_ms" has the mask given in the kernel's own format, "mask_ms" makes that from a bool block mask on the
-device (choosing the groups is the same work for all, and not in it), "together_ms" is the sum. "error" is the relative
+device (choosing the groups is the same work for all, and not in it), "together_ms" is the sum. "graph_ms" is
+"median_ms" as a CUDA graph of many calls: the device without Python, which small inputs wait for; empty for a kernel
+that can't be captured, with the reason in the JSON's "graph_failed". "error" is the relative
 L2 error of the output against dense attention in float32, over --rows queries of each head. A dense kernel is a row
 too. Then each kernel's times are compared where its error is that of the first one at the lowest --at, and its errors
 where its time is.
@@ -26,13 +28,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fg_inductor.bench.common import collect, environment, measure, positive, share, show, where
+from fg_inductor.bench.common import collect, environment, measure, measure_graph, positive, share, show, where
 from fg_inductor.bench.peer_kernels import PEERS, Kind, version
 from fg_inductor.kernels.query_order import query_order
 
-COLUMNS = ["variant", "density", "kept", "median_ms", "mask_ms", "together_ms", "ratio", "error", "failed"]
+COLUMNS = ["variant", "density", "kept", "median_ms", "graph_ms", "mask_ms", "together_ms", "ratio", "error", "failed"]
 INPUTS = ("fields", "random")
 PEAK = 10.0  # score of neighbours in "fields", by which 90% of the mass lies in 20% to 45% of the keys
+CALLS = 10  # of a kernel in a CUDA graph
 STEP = 64  # queries whose mass is kept as one: every slice is a multiple
 
 
@@ -194,8 +197,18 @@ def _rows_of(kind: Kind, peer, inputs: tuple, mass: Tensor, exact: Exact, densit
             mask_ms = measure([lambda keep=keep: peer.prepare(keep)]).median
             prepared = peer.prepare(keep)
         error = exact.error(peer.bhsd(peer.run(inputs, prepared)))
-        timing = measure([lambda prepared=prepared: peer.run(inputs, prepared)])
-        yield what | timing.fields() | {"mask_ms": mask_ms, "together_ms": timing.median + mask_ms, "error": error}
+        run = [lambda prepared=prepared: peer.run(inputs, prepared)]
+        timing = measure(run)
+        found = what | timing.fields() | {"mask_ms": mask_ms, "together_ms": timing.median + mask_ms, "error": error}
+        yield found | _in_a_graph(run)
+
+
+def _in_a_graph(run: list) -> dict:
+    """The time of a call without Python, or why there is none."""
+    try:
+        return {"graph_ms": measure_graph(run, CALLS).median}
+    except Exception as error:  # a kernel that waits for the device, or loads code at a call
+        return {"graph_ms": None, "graph_failed": f"{type(error).__name__}: {str(error).splitlines()[0][:200]}"}
 
 
 # Equal error, equal time
