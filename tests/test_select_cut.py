@@ -141,6 +141,12 @@ def test_mass(kind, dtype, device, poison):
         )  # fmt: skip
 
 
+def test_mass_that_is_hardly_enough(device, poison):
+    """Half a score above what is wanted is enough, with scores below that could still be dropped."""
+    score = torch.tensor([3.0] * 10 + [1.0, 0.25] + [0.125] * 8).view(1, 1, 1, -1)
+    check(score, 20, 1.0, device, mass=30.5 / 32.25)
+
+
 @pytest.mark.parametrize("lean", [False, True], ids=["float32", "lean"])
 def test_mass_in_tiles(lean, device, poison, monkeypatch):
     rows = {"WORDS": 4, "REST": 2, "LOOP": True, "LEAN": lean, "num_warps": 1}

@@ -244,6 +244,7 @@ def table() -> list[dict]:
     rows += [backward_by_keys(128, 64, 128), backward_by_keys(128, 8, 128), backward_by_keys(128, 128, 256)]
     rows += [hopper(128, 1, 128), hopper(64, 8, 128), hopper(16, 8, 128), hopper(128, 8, 64), hopper(128, 8, 96)]
     rows += [hopper(128, 8, 128, bias=True), hopper(128, 8, 128, order=True, tail=True)]
+    rows += [hopper(128, 16, 128), hopper(64, 128, 128), hopper(16, 64, 96, tail=True)]
     rows += [backward_hopper(128, 1, 128), backward_hopper(64, 8, 128), backward_hopper(128, 8, 96)]
     rows += [backward_hopper(128, 8, 128, bias=True), backward_hopper(128, 8, 128, order=True, tail=True)]
     rows.append(backward_hopper(128, 64, 128, sums=False))
