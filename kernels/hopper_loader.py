@@ -5,7 +5,7 @@ engine (TMA; PTX: cp.async.bulk.tensor) writes them swizzled and counts their by
 threads, as ``hopper_producer`` does for any keys, a tile of 128 keys takes that warpgroup two thirds of the time that
 the consumers need for it (Nsight Compute, H200); a request takes one warp about ten instructions, and there are 4 to 64
 for a tile. With four warps each request would wait for all of them, 87 clocks. Gained at density 0.3: 128x16 6%,
-128x128 13%, 64x16 10%, 16x16 9%, 128x8 up to 5%.
+128x128 11%, 64x16 and 16x16 8%, 128x8 0 to 5%.
 
 Places behind the end of a list and rows behind the last key are zeros, and the consumers mask them, so nothing is read
 that was dropped. Masked keys may hold anything, NaN too, and here they would be read: with a key_bias
