@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from fg_inductor.kernels import column_lists, work_order
@@ -93,6 +93,9 @@ def _attention_fwd_hopper(
     mbarrier.init(q_full, count=PRODUCER_WARPS * 32)
     mbarrier.init(q_empty, count=CONSUMERS)
     mbarrier.init(place_full, count=1)
+    if not GATHERED:
+        # The copy engine counts in barriers through the asynchronous proxy; they were made through the generic one.
+        fence_async_shared()
 
     q_side = (q_bufs, q_full, q_empty, place_buf, place_full)
     buffers = (k_bufs, v_bufs, bits_bufs)
