@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier, tma
 
 from fg_inductor.kernels.column_lists import ID_BITS
-from fg_inductor.kernels.hopper_producer import _copy_rows, copy_async
+from fg_inductor.kernels.hopper_producer import copy_async, copy_queries, hand_over
 from fg_inductor.kernels.hopper_work import count_tiles, load_work
 
 load_box = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared
@@ -69,7 +69,6 @@ def loader(
     SUB: gl.constexpr, CONSUMERS: gl.constexpr, HAS_ORDER: gl.constexpr, TAIL: gl.constexpr, BOX: gl.constexpr,
 ):  # fmt: skip
     """The producer warp: every copy into shared memory."""
-    q_bufs, q_full, q_empty, place_buf, place_full = q_side
     work_ptr, lists_ptr, _, order_ptr, _, _ = tensors
     q_ptr, _, _ = qkv
     k_desc, v_desc, tail_k_desc, tail_v_desc = descriptors
@@ -90,18 +89,9 @@ def loader(
         h, b = first_head + index // X % heads, index // X // heads
         list_ptr = lists_ptr + index.to(gl.int64) * G
 
-        mbarrier.wait(q_empty, (i & 1) ^ 1)
-        place_buf.store(gl.full([1], place, gl.int32, one))
-        mbarrier.arrive(place_full, count=1)
-        for wg in gl.static_range(CONSUMERS):
-            row = index % X * (CONSUMERS * 64) + wg * 64 + gl.arange(0, 64, rows_layout)
-            inside = row < Sq
-            token = row
-            if HAS_ORDER:
-                token = gl.load(order_ptr + row, mask=inside, other=0)
-            base = q_ptr + b.to(gl.int64) * stride_qb + h.to(gl.int64) * stride_qh
-            _copy_rows(q_bufs.index(wg), base, token, stride_qs, inside, D, WIDE, True)
-        async_copy.mbarrier_arrive(q_full, increment_count=False)
+        hand_over(q_side, i, place, WARPS)
+        base = q_ptr + b.to(gl.int64) * stride_qb + h.to(gl.int64) * stride_qh
+        copy_queries(q_side, base, stride_qs, order_ptr, index % X, Sq, D, WIDE, HAS_ORDER, CONSUMERS, rows_layout)
 
         for j in range(listed):
             stage = tile % STAGES
@@ -132,6 +122,4 @@ def loader(
         # Drawn two tiles ahead, here, where the producer would wait for the consumers anyway.
         follower = 2 * gl.num_programs(0) + gl.atomic_add(work_ptr + 4 * ITEMS, 1, sem="relaxed")
         i += 1
-    mbarrier.wait(q_empty, (i & 1) ^ 1)
-    place_buf.store(gl.full([1], place, gl.int32, one))
-    mbarrier.arrive(place_full, count=1)
+    hand_over(q_side, i, place, WARPS)

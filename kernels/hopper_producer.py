@@ -81,6 +81,33 @@ def _copy_tile(
 
 
 @gluon.jit
+def hand_over(q_side, i, place, WARPS: gl.constexpr):
+    """Tell the consumers which tile of queries is the i-th, once they are done with the one before."""
+    _, _, q_empty, place_buf, place_full = q_side
+    one: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
+    mbarrier.wait(q_empty, (i & 1) ^ 1)
+    place_buf.store(gl.full([1], place, gl.int32, one))
+    mbarrier.arrive(place_full, count=1)
+
+
+@gluon.jit
+def copy_queries(
+    q_side, base, stride, order_ptr, x, Sq,
+    D: gl.constexpr, WIDE: gl.constexpr, HAS_ORDER: gl.constexpr, CONSUMERS: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """Gather the queries of tile x of a head: 64 rows of query order for each consumer."""
+    q_bufs, q_full, _, _, _ = q_side
+    for wg in gl.static_range(CONSUMERS):
+        row = x * (CONSUMERS * 64) + wg * 64 + gl.arange(0, 64, layout)
+        inside = row < Sq
+        token = row
+        if HAS_ORDER:
+            token = gl.load(order_ptr + row, mask=inside, other=0)
+        _copy_rows(q_bufs.index(wg), base, token, stride, inside, D, WIDE, True)
+    async_copy.mbarrier_arrive(q_full, increment_count=False)
+
+
+@gluon.jit
 def producer(
     q_side, buffers, bars, tensors, qkv, sizes, strides, k_strides, v_strides, WIDE: gl.constexpr, WARPS: gl.constexpr,
     D: gl.constexpr, BLOCK_D: gl.constexpr, M: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr,
@@ -88,7 +115,6 @@ def producer(
     HAS_ORDER: gl.constexpr, TAIL: gl.constexpr, NEGATIVE: gl.constexpr,
 ):  # fmt: skip
     """The producer warpgroup: every copy into shared memory."""
-    q_bufs, q_full, q_empty, place_buf, place_full = q_side
     work_ptr, lists_ptr, bias_ptr, order_ptr, tail_k_ptr, tail_v_ptr = tensors
     q_ptr, k_ptr, v_ptr = qkv
     first_head, heads, SHARE, Hkv, Sq, X, G, J, ITEMS = sizes
@@ -99,7 +125,6 @@ def producer(
     k_full, k_empty, v_full, v_empty = bars
     layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_D, BLOCK_D // 8], [WARPS, 1], [1, 0])
     rows: gl.constexpr = gl.SliceLayout(1, layout)
-    one: gl.constexpr = gl.BlockedLayout([1], [32], [WARPS], [0])
     tile = 0
     i = 0
     place = gl.program_id(0)
@@ -115,18 +140,9 @@ def producer(
         v_base = v_ptr + b * stride_vb + h_kv * stride_vh
         list_ptr = lists_ptr + index.to(gl.int64) * G
 
-        mbarrier.wait(q_empty, (i & 1) ^ 1)
-        place_buf.store(gl.full([1], place, gl.int32, one))
-        mbarrier.arrive(place_full, count=1)
-        for wg in gl.static_range(CONSUMERS):
-            row = index % X * (CONSUMERS * 64) + wg * 64 + gl.arange(0, 64, rows)
-            inside = row < Sq
-            token = row
-            if HAS_ORDER:
-                token = gl.load(order_ptr + row, mask=inside, other=0)
-            base = q_ptr + b * stride_qb + h.to(gl.int64) * stride_qh
-            _copy_rows(q_bufs.index(wg), base, token, stride_qs, inside, D, WIDE, True)
-        async_copy.mbarrier_arrive(q_full, increment_count=False)
+        hand_over(q_side, i, place, WARPS)
+        base = q_ptr + b * stride_qb + h.to(gl.int64) * stride_qh
+        copy_queries(q_side, base, stride_qs, order_ptr, index % X, Sq, D, WIDE, HAS_ORDER, CONSUMERS, rows)
 
         # The tile to come: its list is at hand when the last keys of this one are under way.
         next_index, next_keys, next_clean = load_work(gl.minimum(follower, ITEMS - 1), work_ptr)
@@ -164,6 +180,4 @@ def producer(
         # Drawn two tiles ahead, here, where the producer would wait for the consumers anyway.
         follower = 2 * gl.num_programs(0) + gl.atomic_add(work_ptr + 4 * ITEMS, 1, sem="relaxed")
         i += 1
-    mbarrier.wait(q_empty, (i & 1) ^ 1)
-    place_buf.store(gl.full([1], place, gl.int32, one))
-    mbarrier.arrive(place_full, count=1)
+    hand_over(q_side, i, place, WARPS)

@@ -35,6 +35,7 @@ from fg_inductor.kernels.select_cut_packed import (
     REACH,
     first_ties,
     guarded,
+    holds_any,
     in_ranges,
     odds,
     of_head,
@@ -327,12 +328,7 @@ def _cut(
 
     everything = False
     if HAS_DENSE:
-        row = t * M + tl.arange(0, M)
-        token = row
-        if HAS_ORDER:
-            token = tl.load(order_ptr + row, mask=row < Sq, other=0)
-        inside = in_ranges(token, 1, dense_queries) & (row < Sq)
-        everything = tl.max(inside.to(tl.int32)) > 0
+        everything = holds_any(t, order_ptr, Sq, dense_queries, M, HAS_ORDER)
     if WIDE or ALPHA or not LEAN:  # the last: with the float32 of the loop
         ties -= _store_words(x, mask_ptr, 0, W, cut, ties, everything, WIDE)
         if REST > 0:

@@ -45,6 +45,17 @@ def in_ranges(index, size, ranges):
 
 
 @triton.jit
+def holds_any(t, order_ptr, Sq, dense_queries, M: tl.constexpr, HAS_ORDER: tl.constexpr):
+    """Whether slice t has a query in one of the ranges, which are of tokens."""
+    row = t * M + tl.arange(0, M)
+    token = row
+    if HAS_ORDER:
+        token = tl.load(order_ptr + row, mask=row < Sq, other=0)
+    inside = in_ranges(token, 1, dense_queries) & (row < Sq)
+    return tl.max(inside.to(tl.int32)) > 0
+
+
+@triton.jit
 def of_head(shares, h):
     """The share of head h in float64: three float32 parts for all heads, or three for each (``select_cut._parts``)."""
     high = shares[0]
@@ -206,12 +217,7 @@ def _cut_packed(
         limit = tl.maximum(groups.to(tl.float64) * of_head(shares, h) + 0.5, 1.0).to(tl.int32)
     everything = groups <= limit
     if HAS_DENSE:
-        row = t * M + tl.arange(0, M)
-        token = row
-        if HAS_ORDER:
-            token = tl.load(order_ptr + row, mask=row < Sq, other=0)
-        inside = in_ranges(token, 1, dense_queries) & (row < Sq)
-        everything = everything | (tl.max(inside.to(tl.int32)) > 0)
+        everything = everything | holds_any(t, order_ptr, Sq, dense_queries, M, HAS_ORDER)
 
     # low is enough (or all there are), high is not, and that many are held at high or above.
     low = 0
