@@ -67,7 +67,13 @@ FEWER_BYTES = {
     **{f"128x{n}": {"fgattn.slice": f"128x{n}"} for n in (32, 64)},
 }
 METHODS_BY_BYTES = {f"observed, {name}": METHODS["observed"] | options for name, options in FEWER_BYTES.items()}
-ALL_METHODS = METHODS | METHODS_BY_PERIOD | METHODS_BY_BYTES
+# Nor these: how far slices reach in time as one number, where the default lets the queries choose.
+METHODS_BY_ORDER = {
+    f"{name}, time step {time:g}": METHODS[name] | {"fgattn.time_step": time}
+    for name in ("means", "means, tail")
+    for time in (0.5, 0.125)
+}
+ALL_METHODS = METHODS | METHODS_BY_ORDER | METHODS_BY_PERIOD | METHODS_BY_BYTES
 SHIFT = 3.0  # of the noise levels towards noise
 HEAD_DIM = 128
 METRICS = {"psnr_db": "PSNR, dB", "ssim": "SSIM", "motion_error": "motion error", "flicker": "flicker"}

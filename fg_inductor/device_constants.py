@@ -29,6 +29,7 @@ from fg_inductor import cost, kernels
 from fg_inductor.cost import Constants, Shape
 from fg_inductor.kernels import ops
 from fg_inductor.passes.cache_key import source_hash
+from fg_inductor.passes.selector import order_of
 from fg_inductor.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -38,7 +39,8 @@ SHAPES = {
     "cuda": ((16, (16, 32, 32)), (8, (32, 32, 32))),
     "cpu": ((4, (4, 16, 16)), (2, (8, 16, 16))),
 }
-DENSITIES = (0.1, 0.5)
+DENSITIES = (0.1, 0.5, 0.9)
+OPTIONS = ("mask", "slice", "pool", "reduce", "gamma", "time_step", "kernel")  # that the constants depend on
 CUT = 8  # tokens less for dense attention: that makes its lengths ragged
 HOST_MARGIN = 1.25  # launches of the same calls took 15% to 25% longer in another process (H100 machine, virtual cores)
 BUDGET_MS = {"cuda": 20.0, "cpu": 60.0}  # for one measurement, by which the number of calls is chosen; 3 to 20 calls
@@ -91,7 +93,7 @@ def _about(settings: Settings, dim: int, dtype: torch.dtype, device: torch.devic
     """What a measurement holds for."""
     on_gpu = device.type == "cuda"
     card = torch.cuda.get_device_name(device) if on_gpu else f"CPU, {torch.get_num_threads()} threads"
-    options = {name: getattr(settings, name) for name in ("slice", "pool", "reduce", "gamma", "kernel")}
+    options = {name: getattr(settings, name) for name in OPTIONS}
     options["tail"] = settings.tail_kind
     return {"card": card, "dim": dim, "dtype": str(dtype).removeprefix("torch."), **options, **_versions()}
 
@@ -179,7 +181,7 @@ def measure(settings: Settings, dim: int, dtype: torch.dtype, device: torch.devi
         for heads, grid in SHAPES[device.type]:
             tokens = grid[0] * grid[1] * grid[2]
             q, k, v = _random(heads, tokens, dim, dtype, device)
-            order = ops.query_order(*grid, 0, 0, settings.m, device)
+            order = order_of(settings, q, grid)
             scale, m, n = dim**-0.5, settings.m, settings.n
             shape = Shape(1, heads, tokens, tokens, dim, m, n, 1.0, int(settings.tail_kind == "pooled"))
 
@@ -201,13 +203,14 @@ def measure(settings: Settings, dim: int, dtype: torch.dtype, device: torch.devi
             )
             note(dense, "dense", ragged, lambda cut=cut: F.scaled_dot_product_attention(*cut))
             for density in DENSITIES:
-                choose = (order, scale, m, n, settings.queries_per_mean, settings.mass, density, 1.0, [], [], 0)
+                choose = (scale, m, n, settings.queries_per_mean, settings.mass, density, 1.0, [], [], 0)
                 rules = (settings.reduce, settings.gamma)
 
-                def select(q=q, k=k, v=v, choose=choose, rules=rules) -> Tensor:
+                def select(q=q, k=k, v=v, grid=grid, choose=choose, rules=rules) -> Tensor:
+                    order = order_of(settings, q, grid)
                     if settings.n > 1:  # v is copied to query order; k likewise, by what makes it
-                        ops.reorder(v, choose[0])
-                    return ops.select_pooled(q, k, None, *choose, *rules)
+                        ops.reorder(v, order)
+                    return ops.select_pooled(q, k, None, order, *choose, *rules)
 
                 mask = select()
                 given = (mask, None, order, scale, m, n, settings.tail_kind, 0, settings.kernel)

@@ -17,6 +17,7 @@ from tabulate import tabulate
 from fg_inductor import device_constants
 from fg_inductor.kernels import choice, ops
 from fg_inductor.kernels.mask import unpack
+from fg_inductor.passes.selector import order_of
 from fg_inductor.settings import Settings
 from fg_inductor.testing import assert_as_accurate, poison
 from fg_inductor.testing_cases import CASES, Case, reference_gradients, reference_result
@@ -148,7 +149,6 @@ def speed(device: str) -> list[dict]:
     tokens, dtype = grid[0] * grid[1] * grid[2], torch.bfloat16 if device == "cuda" else torch.float32
     on, settings = torch.device(device), Settings().with_order(True)
     q, k, v = device_constants._random(heads, tokens, dim, dtype, on)
-    order = ops.query_order(*grid, 0, 0, settings.m, on)
     scale, m, n = dim**-0.5, settings.m, settings.n
 
     def attend():
@@ -157,11 +157,12 @@ def speed(device: str) -> list[dict]:
     dense, _ = device_constants.device_and_host_ms(attend, on, attend)
     found = []
     for density in DENSITIES:
-        choose = (order, scale, m, n, settings.queries_per_mean, 0.9, density, 1.0, [], [], 0)
+        choose = (scale, m, n, settings.queries_per_mean, 0.9, density, 1.0, [], [], 0)
 
         def run(choose=choose):
+            order = order_of(settings, q, grid)
             keys, values = (ops.reorder(x, order) for x in (k, v))
-            mask = ops.select_pooled(q, keys, None, *choose)
+            mask = ops.select_pooled(q, keys, None, order, *choose)
             return ops.attention(q, keys, values, mask, None, order, scale, m, n, settings.tail_kind, 0)
 
         sparse, _ = device_constants.device_and_host_ms(run, on, attend)

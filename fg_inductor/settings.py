@@ -10,7 +10,6 @@ from typing import Any
 from fg_inductor import site_settings
 from fg_inductor.kernels.checks import KERNELS, REDUCES, TAILS
 from fg_inductor.kernels.mask import GROUPS
-from fg_inductor.kernels.query_order import TIME
 from fg_inductor.option_values import (
     Schedule,
     StaticMask,
@@ -105,10 +104,11 @@ class Settings:
         "auto", read_grid, "(T, H, W) of the video tokens, 'auto' (read off the graph), or None"
     )
     time_step: float | str = _option(
-        TIME,
+        "auto",
         read_step,
         "steps in height or width that a step in time counts as, where tokens that are near each other share a slice: "
-        "less for videos with little motion; 'auto': 0.125, 0.5 or 2 by the queries of each call, for 'pooled' masks",
+        "less for videos with little motion; 'auto': 0.125, 0.5 or 2 by the queries of each call, and 0.5 for masks "
+        "that are not 'pooled'",
     )
     min_seq: int = _option(4096, read_length, "tokens; sites with fewer queries or keys stay dense")
     dense_first: float = _option(

@@ -12,10 +12,12 @@ layers hold most at 1 or 0.5, by 0.01 at most. PSNR at 0.125 was the best of bot
 0.3 (``query_order``). Not measured on a latent model, which is what it is for: there a step in time holds about ten
 times the motion.
 
-Plain PyTorch on every device: SLICES slices of each order are gathered and reduced, and the choice is a value on the
-device, that nobody waits for. One order serves a whole call: all heads, all entries of a batch, and the keys.
+Only SLICES slices of each order are looked at, and the choice is a value on the device, that nobody waits for. One
+order serves a whole call: all heads, all entries of a batch, and the keys. This is the meaning, and what runs on CPU;
+on a GPU ``order_spread`` does it.
 """
 
+import torch
 from torch import Tensor
 
 from fg_inductor.kernels.query_order import ALONE, TIME, cross_section, kept
@@ -33,19 +35,40 @@ def candidates(t: int, h: int, w: int, m: int) -> tuple[float, ...]:
     return tuple(time for time in TIMES if time in found.values())
 
 
+def orders_and_sample(
+    q: Tensor, t: int, h: int, w: int, before: int, after: int, m: int
+) -> tuple[Tensor, Tensor | None]:
+    """int32 [C, Sq], the candidates; and [C, slices, m], some slices of each, or None where there is nothing to choose.
+
+    q [B, H, Sq, D]: only its device counts here.
+    """
+    times = candidates(t, h, w, m)
+    orders = kept(t, h, w, before, after, m, q.device, "rods", times)
+    whole = t * h * w // m
+    if len(times) == 1 or not whole:
+        return orders, None
+    step = -(-whole // SLICES)
+    return orders, orders[:, : whole * m].unflatten(1, (whole, m))[:, step // 2 :: step]
+
+
 def choose_order(q: Tensor, t: int, h: int, w: int, before: int, after: int, m: int) -> Tensor:
     """int32 [before + t*h*w + after]: the chosen order, as ``query_order`` makes it. q [B, H, Sq, D]; no gradients."""
-    times = candidates(t, h, w, m)
-    orders = kept(t, h, w, before, after, m, q.device, "rods", times)  # [C, Sq]
-    if len(times) == 1:
+    orders, sample = orders_and_sample(q, t, h, w, before, after, m)
+    if sample is None:
         return orders[0].clone()
-    whole = t * h * w // m
-    if not whole:
-        return orders[0].clone()
-    step = -(-whole // SLICES)
-    sample = orders[:, : whole * m].unflatten(1, (whole, m))[:, step // 2 :: step]  # [C, slices, m]
-    rows = q.detach().index_select(2, sample.flatten()).float().unflatten(2, sample.shape)
-    spread = rows.var(4, correction=0).sum((0, 3, 4))  # [H, C]
-    spread = (spread / spread.sum(1, keepdim=True)).nan_to_num(1.0).sum(0)
-    spread[1:] *= MARGIN
-    return orders.index_select(0, spread.argmin()[None])[0]
+    return orders.index_select(0, usual_or_least(spread(q, sample), MARGIN)[None])[0]
+
+
+def spread(q: Tensor, sample: Tensor) -> Tensor:
+    """[B, H, C, slices], float32 at least: squared distances of the queries of a slice from their mean, summed."""
+    rows = q.detach().index_select(2, sample.flatten()).unflatten(2, sample.shape)
+    rows = rows.to(torch.promote_types(q.dtype, torch.float32))
+    return rows.var(4, correction=0).sum(-1) * sample.shape[2]
+
+
+def usual_or_least(parts: Tensor, margin: float) -> Tensor:
+    """int64 scalar: the order with the least spread; every head has the same say, the first order an advantage."""
+    by_head = parts.sum((0, 3))  # [H, C]
+    shares = (by_head / by_head.sum(1, keepdim=True)).nan_to_num(1.0).sum(0)
+    shares[1:] *= margin
+    return shares.argmin()

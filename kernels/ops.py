@@ -275,15 +275,25 @@ def _choose_order_fake(q, t, h, w, before, after, m):
     return torch.empty(before + t * h * w + after, dtype=torch.int32, device=q.device)
 
 
-def _choose_order(q, t, h, w, before, after, m):
-    check_order(m, "rods", TIME)
-    if min(t, h, w) <= 0 or min(before, after) < 0 or before + t * h * w + after != q.shape[2]:
-        sizes = f"token grid {(t, h, w)}, {before} tokens before and {after} after"
-        fail("choose_order", f"{sizes}, for {q.shape[2]} queries; give the sizes that they have.")
-    return choose_among_orders(q, t, h, w, before, after, m)
+def _choose_order(choose):
+    def run(q, t, h, w, before, after, m):
+        check_order(m, "rods", TIME)
+        if min(t, h, w) <= 0 or min(before, after) < 0 or before + t * h * w + after != q.shape[2]:
+            sizes = f"token grid {(t, h, w)}, {before} tokens before and {after} after"
+            fail("choose_order", f"{sizes}, for {q.shape[2]} queries; give the sizes that they have.")
+        return choose(q, t, h, w, before, after, m)
+
+    return run
 
 
-torch.library.impl("fgattn::choose_order", "CompositeExplicitAutograd", _choose_order)
+def _choose_order_cuda(q, *rest):
+    from fg_inductor.kernels import order_spread
+
+    return order_spread.launch(*unit_stride(q), *rest)
+
+
+torch.library.impl("fgattn::choose_order", "CPU", _choose_order(choose_among_orders))
+torch.library.impl("fgattn::choose_order", "CUDA", _choose_order(_choose_order_cuda))
 torch.library.register_autograd("fgattn::choose_order", lambda ctx, grad: (None,) * 7)
 
 

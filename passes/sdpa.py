@@ -243,7 +243,7 @@ class _Rewriter:
             return None
         details["token_grid"] = "x".join(str(x.size) for x in grid)
         options = selector.order_options(settings)
-        chosen_by = q if selector.chooses_order(settings) else None
+        chosen_by = q if selector.chooses_order(settings, tuple(x.size for x in grid)) else None
         key = (graph, at, settings.m, options, chosen_by, value(q).device, *(x.key for x in (*grid, *text)))
         if key not in self.orders:
             sizes = [x.read(graph, node) for x in grid]

@@ -3,10 +3,12 @@
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from torch.fx import Graph, Node
 
 from fg_inductor.kernels import ops
-from fg_inductor.kernels.query_order import TIME
+from fg_inductor.kernels.choose_order import candidates
+from fg_inductor.kernels.query_order import ALONE, TIME
 from fg_inductor.passes.graph import call, same, size_of, value
 from fg_inductor.passes.refusal import Refusal
 
@@ -15,9 +17,14 @@ CURVES = {"dfs": "hilbert"}  # query order by selector; the others take rods
 REORDERED = ("pooled", "observed")
 
 
-def chooses_order(settings) -> bool:
-    """Whether the order follows from the queries of a call: a mask that is kept over calls needs one that stays."""
-    return settings.time_step == "auto" and settings.mask == "pooled"
+def chooses_order(settings, grid: tuple) -> bool:
+    """Whether the order follows from the queries of a call: a mask that is kept over calls needs one that stays.
+
+    grid: T, H, W, numbers or symbols. Where it leaves no choice the order is the usual one, which sites share.
+    """
+    if settings.time_step != "auto" or settings.mask != "pooled" or settings.m < ALONE:
+        return False
+    return not all(isinstance(size, int) for size in grid) or len(candidates(*grid, settings.m)) > 1
 
 
 def order_options(settings) -> tuple:
@@ -26,6 +33,13 @@ def order_options(settings) -> tuple:
     if time not in (TIME, "auto"):
         return curve, time
     return () if curve == "rods" else (curve,)
+
+
+def order_of(settings, q: Tensor, grid: tuple[int, int, int], before: int = 0, after: int = 0) -> Tensor:
+    """int32 [Sq]: the query order of a call, as the rewritten graph makes it. q [B, H, Sq, D], text at its ends."""
+    if chooses_order(settings, grid):
+        return ops.choose_order(q, *grid, before, after, settings.m)
+    return ops.query_order(*grid, before, after, settings.m, q.device, *order_options(settings))
 
 
 class Refused(Exception):

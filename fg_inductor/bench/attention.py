@@ -17,7 +17,8 @@ and keys in that order too where N is not 1.
 the pooled tail adds, "together_ms" selects and attends, both launched from Python. "select_ms" is what making a mask
 from q and k costs the device, as a CUDA graph of several selections, since Python launches cheap ones slower than they
 run; "select_share" is its share of cuDNN's time. With --top-p the same of a selection by mass ("select_top_p_ms",
-"select_top_p_share"). Queries are selected in query order where the token grid is known (of a preset, or of --qkv).
+"select_top_p_share"). Queries are selected in query order where the token grid is known (of a preset, or of --qkv), and
+"order_ms" is what that order costs, which the default chooses by the queries of each call.
 "select_memory" is what a selection allocates while it runs, its mask included, and "mask_memory" the mask alone, both
 in bytes over those of q, k and v.
 """
@@ -51,11 +52,13 @@ from fg_inductor.bench.masks import LISTS, make_mask
 from fg_inductor.kernels import ops, reference
 from fg_inductor.kernels.checks import HEAD_DIMS, KERNELS, TAILS
 from fg_inductor.kernels.mask import group_count, unpack
+from fg_inductor.passes.selector import order_of
+from fg_inductor.settings import Settings
 
 COLUMNS = [
     "variant", "slice", "lists", "tail", "kept", "union", "tflop", "median_ms", "tflops", "ratio", "rate",
-    "lists_ms", "tail_ms", "select_ms", "select_share", "select_top_p_ms", "select_top_p_share", "select_memory",
-    "mask_memory", "together_ms", "error",
+    "lists_ms", "tail_ms", "order_ms", "select_ms", "select_share", "select_top_p_ms", "select_top_p_share",
+    "select_memory", "mask_memory", "together_ms", "error",
 ]  # fmt: skip
 DENSE = {"fa2": ("FlashAttention-2 dense", SDPBackend.FLASH_ATTENTION)}
 BASELINES = ("cudnn", *DENSE, "flex")
@@ -149,8 +152,7 @@ def rows(args: argparse.Namespace, device: str = "cuda") -> Iterator[dict]:
             yield row(timing, kept, variant="FlexAttention", **what) | found
         phases = {}
         if args.phases:
-            in_order = order if args.qkv else _query_order(args.preset, m, device)
-            phases = _selection(sparse, mask, in_order, m, n, density, args.top_p, dense)
+            phases = _selection(sparse, mask, _orders(args, m, n), m, n, density, args.top_p, dense)
         for tail in args.tail:
             call = (mask, None, order, args.dim**-0.5, m, n, tail, 0)
             for variant, kernel in _kernels(args.kernel, sparse[0], call).items():
@@ -187,7 +189,7 @@ def _of_a_model(args: argparse.Namespace, dtype: torch.dtype, device: str) -> In
 
 def _selected(inputs: Inputs, grid: list[int], m: int, n: int, density: float) -> tuple[Inputs, Tensor, Tensor]:
     """What attention is given by the backend: q, k and v, keys in query order where n is not 1; mask; query order."""
-    order = ops.query_order(*grid, 0, 0, m, inputs[0][0].device)
+    order = order_of(_settings(m, n), inputs[0][0], grid)
     if n > 1:
         inputs = [(q, *(ops.reorder(x, order) for x in (k, v))) for q, k, v in inputs]
     q, k, _ = inputs[0]
@@ -243,17 +245,28 @@ def flex_blocks(mask: Tensor, queries: int, keys: int, n: int):
     return BlockMask.from_kv_blocks(none, order, counts, order, BLOCK_SIZE=(128, n), seq_lengths=(queries, keys))
 
 
-def _query_order(preset: str | None, m: int, device: str) -> Tensor | None:
-    """The order in which the backend selects queries of a preset's grid, its text at the end; None without a preset."""
-    if preset is None:
+def _settings(m: int, n: int) -> Settings:
+    return Settings.parse({"slice": f"{m}x{n}"})
+
+
+def _orders(args: argparse.Namespace, m: int, n: int) -> Callable[[Tensor], Tensor] | None:
+    """The order in which the backend selects the queries of a call, text at the end; None where no grid is known."""
+    if args.qkv:
+        grid, tokens = args.grid, math.prod(args.grid)
+    elif args.preset:
+        grid, tokens = PRESETS[args.preset]["grid"], PRESETS[args.preset]["tokens"]
+    else:
         return None
-    tokens, grid = PRESETS[preset]["tokens"], PRESETS[preset]["grid"]
-    return ops.query_order(*grid, 0, tokens - math.prod(grid), m, device)
+    return lambda q: order_of(_settings(m, n), q, tuple(grid), 0, tokens - math.prod(grid))
 
 
-def _selection(inputs, mask, order, m, n, density, top_p, dense) -> dict[str, float | None]:
+def _selection(inputs, mask, order_by, m, n, density, top_p, dense) -> dict[str, float | None]:
     """What selecting such masks takes of the device, whatever attention follows; ``dense``: milliseconds, or None."""
     found = {"top_p": top_p} if top_p else {}
+    order = None
+    if order_by:
+        order = order_by(inputs[0][0])
+        found["order_ms"] = measure_graph([lambda q=q: order_by(q) for q, _, _ in inputs], SELECTIONS).median
     rules = {"select": (density,)} | ({"select_top_p": (None, top_p)} if top_p else {})
     for name, rule in rules.items():
         calls = [lambda q=q, k=k, rule=rule: select(q, k, order, m, n, *rule) for q, k, _ in inputs]

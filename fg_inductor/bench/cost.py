@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from fg_inductor import cost, device_constants
 from fg_inductor.bench.common import Timing, collect, environment, measure, show, where
 from fg_inductor.kernels import ops
+from fg_inductor.passes.selector import order_of
 from fg_inductor.settings import Settings
 
 COLUMNS = [
@@ -85,11 +86,11 @@ def _measure(heads: int, grid: tuple[int, int, int], dim: int, dtype: torch.dtyp
     """Timings of dense attention, and of selection and attention."""
     tokens = grid[0] * grid[1] * grid[2]
     q, k, v = (torch.randn(1, tokens, heads, dim, device=device, dtype=dtype).transpose(1, 2) for _ in range(3))
-    order = ops.query_order(*grid, 0, 0, settings.m, device)
     scale, m, n = dim**-0.5, settings.m, settings.n
     choose = (scale, m, n, settings.queries_per_mean, settings.mass, settings.share, 1.0, [], [], 0)
 
     def sparse():
+        order = order_of(settings, q, grid)
         values = ops.reorder(v, order) if n > 1 else v  # k is put in query order by what makes it
         mask = ops.select_pooled(q, k, None, order, *choose)
         return ops.attention(q, k, values, mask, None, order, scale, m, n, settings.tail_kind, 0, settings.kernel)

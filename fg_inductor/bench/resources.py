@@ -32,6 +32,7 @@ from fg_inductor.kernels import (
     hopper_loader,
     observe,
     observe_heads,
+    order_spread,
     select_cut,
     select_cut_packed,
     select_scores,
@@ -46,11 +47,11 @@ POINTERS = {
     "refresh_ptr": "*i1", "due_ptr": "*i1", "flag_ptr": "*i1", "mass_ptr": "*fp32", "part_ptr": "*fp32",
     "group_keys_ptr": "*fp32", "block_keys_ptr": "*fp32", "block_bias_ptr": "*fp32",
     "statistics_ptr": "*fp32", "dk_sum_ptr": "*fp32", "dv_sum_ptr": "*fp32", "dtail_k_ptr": "*fp32",
-    "dtail_v_ptr": "*fp32", "slots_ptr": "*i32", "joined_ptr": "*fp32",
+    "dtail_v_ptr": "*fp32", "slots_ptr": "*i32", "joined_ptr": "*fp32", "sample_ptr": "*i32", "orders_ptr": "*i32",
 }  # fmt: skip
 TUPLES = {"shares": ("fp32",) * 3}
 BOXES = {"k_desc": "BOX", "v_desc": "BOX", "tail_k_desc": "BLOCK_N", "tail_v_desc": "BLOCK_N"}
-FLOATS = ("scale", "qk_scale", "last_bias", "top_p", "alpha", "gamma", "bound")
+FLOATS = ("margin", "scale", "qk_scale", "last_bias", "top_p", "alpha", "gamma", "bound")
 
 
 def compile_for_hopper(kernel, constants: dict, **options):
@@ -267,6 +268,9 @@ def table() -> list[dict]:
     rows += [observing(128, 8, 128), observing(128, 1, 128), observing(32, 8, 128), observing(128, 8, 64)]
     rows += [observing(128, 8, 128, bias=True, order=True, reduce="max"), observing(128, 128, 256)]
     rows += [*sharing(12), *sharing(40), resources(observe_heads._join, "", dict(BLOCK=observe_heads.JOINED))]
+    rows.append(resources(order_spread._spread, "D 128", dict(D=128, M=128, COLUMNS=order_spread.COLUMNS)))
+    choosing = dict(C=3, BLOCK_C=4, BLOCK_S=32, HEADS=64, COPIED=order_spread.COPIED)
+    rows.append(resources(order_spread._take, "", choosing))
     means = dict(D=128, BLOCK_D=128, POOL=16, BLOCK_R=8, N=8, BLOCK_G=16)
     means |= dict(HAS_ORDER=True, HAS_BIAS=False, BOOL=False, bias_ptr=None)
     for name, joined in (("", (0, 0)), (" gamma", (8, 1))):
