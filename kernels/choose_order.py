@@ -17,6 +17,8 @@ order serves a whole call: all heads, all entries of a batch, and the keys. This
 on a GPU ``order_spread`` does it.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
@@ -27,6 +29,7 @@ SLICES = 32  # sampled slices of each order
 MARGIN = 1.02  # what is gained by less is left to chance
 
 
+@functools.lru_cache(maxsize=64)
 def candidates(t: int, h: int, w: int, m: int) -> tuple[float, ...]:
     """Those of TIMES that make different rods of this grid."""
     if m < ALONE:
@@ -35,35 +38,33 @@ def candidates(t: int, h: int, w: int, m: int) -> tuple[float, ...]:
     return tuple(time for time in TIMES if time in found.values())
 
 
-def orders_and_sample(
-    q: Tensor, t: int, h: int, w: int, before: int, after: int, m: int
-) -> tuple[Tensor, Tensor | None]:
-    """int32 [C, Sq], the candidates; and [C, slices, m], some slices of each, or None where there is nothing to choose.
-
-    q [B, H, Sq, D]: only its device counts here.
-    """
-    times = candidates(t, h, w, m)
-    orders = kept(t, h, w, before, after, m, q.device, "rods", times)
+def sampled_slices(t: int, h: int, w: int, m: int) -> range:
+    """The slices of an order that are looked at; none where there is nothing to choose."""
     whole = t * h * w // m
-    if len(times) == 1 or not whole:
-        return orders, None
+    if not whole or len(candidates(t, h, w, m)) == 1:
+        return range(0)
     step = -(-whole // SLICES)
-    return orders, orders[:, : whole * m].unflatten(1, (whole, m))[:, step // 2 :: step]
+    return range(step // 2, whole, step)
+
+
+def all_orders(q: Tensor, t: int, h: int, w: int, before: int, after: int, m: int) -> Tensor:
+    """int32 [C, Sq]: the candidates, on the device of q [B, H, Sq, D]."""
+    return kept(t, h, w, before, after, m, q.device, "rods", candidates(t, h, w, m))
 
 
 def choose_order(q: Tensor, t: int, h: int, w: int, before: int, after: int, m: int) -> Tensor:
     """int32 [before + t*h*w + after]: the chosen order, as ``query_order`` makes it. q [B, H, Sq, D]; no gradients."""
-    orders, sample = orders_and_sample(q, t, h, w, before, after, m)
-    if sample is None:
+    orders, slices = all_orders(q, t, h, w, before, after, m), sampled_slices(t, h, w, m)
+    if not slices:
         return orders[0].clone()
-    return orders.index_select(0, usual_or_least(spread(q, sample), MARGIN)[None])[0]
+    return orders.index_select(0, usual_or_least(spread(q, orders, slices, m), MARGIN)[None])[0]
 
 
-def spread(q: Tensor, sample: Tensor) -> Tensor:
+def spread(q: Tensor, orders: Tensor, slices: range, m: int) -> Tensor:
     """[B, H, C, slices], float32 at least: squared distances of the queries of a slice from their mean, summed."""
+    sample = torch.stack([orders[:, i * m : (i + 1) * m] for i in slices], 1)
     rows = q.detach().index_select(2, sample.flatten()).unflatten(2, sample.shape)
-    rows = rows.to(torch.promote_types(q.dtype, torch.float32))
-    return rows.var(4, correction=0).sum(-1) * sample.shape[2]
+    return rows.to(torch.promote_types(q.dtype, torch.float32)).var(4, correction=0).sum(-1) * m
 
 
 def usual_or_least(parts: Tensor, margin: float) -> Tensor:

@@ -4,9 +4,8 @@
     out               = orders[c], c as ``choose_order.usual_or_least`` takes it of the parts
 
 q       [B, H, Sq, D]   any strides, contiguous last dimension
-orders  [C, Sq]         int32, the usual one first
-sample  [C, S, M]       int32: the first S slices, evenly spread, of each order (a view of it)
-parts   [B, H, C, S]    float32 workspace
+orders  [C, Sq]         int32, contiguous, the usual one first
+parts   [B, H, C, S]    float32 workspace, for S sampled slices of each order
 out     [Sq]            int32
 Grids   (C * S, B * H), a slice of a head; (blocks of out), each of which makes the choice again
 
@@ -19,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fg_inductor.kernels.choose_order import MARGIN, orders_and_sample
+from fg_inductor.kernels.choose_order import MARGIN, all_orders, sampled_slices
 from fg_inductor.kernels.sizes import cdiv, next_power_of_2
 
 COLUMNS = 64  # of q at a time
@@ -28,12 +27,12 @@ COPIED = 4096  # tokens of the order that a program copies
 
 @triton.jit
 def _spread(
-    q_ptr, sample_ptr, part_ptr, stride_qb, stride_qh, stride_qs, stride_c, stride_s, heads, slices,
+    q_ptr, orders_ptr, part_ptr, stride_qb, stride_qh, stride_qs, heads, tokens, slices, first_slice, step,
     D: tl.constexpr, M: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
     place = tl.program_id(0)
     bh = tl.program_id(1).to(tl.int64)
-    rows_ptr = sample_ptr + place // slices * stride_c + place % slices * stride_s + tl.arange(0, M)
+    rows_ptr = orders_ptr + place // slices * tokens + (first_slice + place % slices * step) * M + tl.arange(0, M)
     q_ptr += bh // heads * stride_qb + bh % heads * stride_qh
     rows = q_ptr + tl.load(rows_ptr).to(tl.int64)[:, None] * stride_qs
     total = tl.zeros([COLUMNS], tl.float32)
@@ -73,20 +72,21 @@ def _take(
 
 def launch(q: Tensor, t: int, h: int, w: int, before: int, after: int, m: int) -> Tensor:
     """int32 [before + t*h*w + after]: the order of this call, arguments as in ``choose_order``."""
-    orders, sample = orders_and_sample(q, t, h, w, before, after, m)
-    if sample is None:
+    orders, slices = all_orders(q, t, h, w, before, after, m), sampled_slices(t, h, w, m)
+    if not slices:
         return orders[0].clone()
-    return take(spread(q, sample), orders, MARGIN)
+    return take(spread(q, orders, slices, m), orders, MARGIN)
 
 
-def spread(q: Tensor, sample: Tensor) -> Tensor:
+def spread(q: Tensor, orders: Tensor, slices: range, m: int) -> Tensor:
     """float32 [B, H, C, S]: the parts."""
     B, H, _, D = q.shape
-    C, S, M = sample.shape
+    C, S = orders.shape[0], len(slices)
     parts = torch.empty(B, H, C, S, dtype=torch.float32, device=q.device)
     _spread[(C * S, B * H)](
-        q, sample, parts, *q.stride()[:3], *sample.stride()[:2], H, S, D=D, M=M, COLUMNS=COLUMNS, num_warps=4
-    )
+        q, orders, parts, *q.stride()[:3], H, orders.shape[1], S, slices.start, slices.step,
+        D=D, M=m, COLUMNS=COLUMNS, num_warps=4,
+    )  # fmt: skip
     return parts
 
 

@@ -47,7 +47,7 @@ POINTERS = {
     "refresh_ptr": "*i1", "due_ptr": "*i1", "flag_ptr": "*i1", "mass_ptr": "*fp32", "part_ptr": "*fp32",
     "group_keys_ptr": "*fp32", "block_keys_ptr": "*fp32", "block_bias_ptr": "*fp32",
     "statistics_ptr": "*fp32", "dk_sum_ptr": "*fp32", "dv_sum_ptr": "*fp32", "dtail_k_ptr": "*fp32",
-    "dtail_v_ptr": "*fp32", "slots_ptr": "*i32", "joined_ptr": "*fp32", "sample_ptr": "*i32", "orders_ptr": "*i32",
+    "dtail_v_ptr": "*fp32", "slots_ptr": "*i32", "joined_ptr": "*fp32", "orders_ptr": "*i32",
 }  # fmt: skip
 TUPLES = {"shares": ("fp32",) * 3}
 BOXES = {"k_desc": "BOX", "v_desc": "BOX", "tail_k_desc": "BLOCK_N", "tail_v_desc": "BLOCK_N"}
