@@ -15,11 +15,11 @@ is 8x8 pixels of one frame). Runs of 16 by frames and rows, in rods of 9x4, mean
 mini 32.6 / 27.6, tiny 45.2 / 34.5; **9x2 mini 32.8 / 28.4, tiny 46.1 / 35.8**; 9x1 32.6 / 28.2, 45.1 / 35.5; and with 2
 videos 1x4 before any of these (31.2 / 25.4 where 4x2 had 32.0 / 25.9).
 
-How much motion a step in time holds differs from model to model, so what a step in time counts as is an option. In both
-models here it is little, and rods through all frames are better still (17x2, counted as an eighth: mini 32.7 / 29.0,
-tiny 48.1 / 38.8; as a whole step: 32.4 / 27.7, 43.5 / 33.8). Latent models such as Wan compress time 4 times and space
-16, so that their step holds about ten times the motion of these, in tokens. They are not measured; half a step gives
-them rods of 7x4.
+How much motion a step in time holds differs from model to model, so what a step in time counts as is an option, and by
+default the queries choose it (``choose_order``). In both models here it is little, and rods through all frames are
+better still (17x2, counted as an eighth: mini 32.7 / 29.0, tiny 48.1 / 38.8; as a whole step: 32.4 / 27.7, 43.5 /
+33.8). Latent models such as Wan compress time 4 times and space 16, so that their step holds about ten times the motion
+of these, in tokens. They are not measured; half a step gives them rods of 7x4.
 
 Slices of 32 and 16 lie within a frame and are put in another sequence: those of one place in the frames follow each
 other through time. Attention for Hopper loads the union of what the slices of 128 queries keep, and slices agree most

@@ -149,13 +149,38 @@ class Sites(torch.nn.Module):
 
 def test_each_site_of_the_pass_chooses():
     a, b = torch.randn(1, 2, 256, 32), torch.randn(1, 2, 256, 32)
-    done = run_pass(Sites(), (a, b), token_grid=(4, 8, 8), slice="64x8", time_step="auto", density=1.0)
+    done = run_pass(Sites(), (a, b), token_grid=(4, 8, 8), slice="64x8", density=1.0)
     orders = done.calls(ops.choose_order)
     assert [node.args[1:] for node in orders] == [(4, 8, 8, 0, 0, 64)] * 2 and not done.calls(ops.query_order)
     assert [x["order"] for x in done.attention()] == orders
     assert [node.args[1] for node in done.calls(ops.reorder)] == [orders[0]] * 2 + [orders[1]] * 2
     assert [site.details["order"] for site in done.sites] == ["by the queries"] * 2
     torch.testing.assert_close(done.result, Sites()(a, b))
+
+
+@pytest.mark.parametrize(("grid", "m"), [((4, 8, 8), 16), ((1, 16, 16), 64)])
+def test_sites_share_an_order_that_leaves_no_choice(grid, m):
+    x = torch.randn(1, 2, 256, 32)
+    done = run_pass(Sites(), (x, x), token_grid=grid, slice=f"{m}x8")
+    (order,) = done.calls(ops.query_order)
+    assert order.args == (*grid, 0, 0, m, CPU) and not done.calls(ops.choose_order)
+    assert ["order" in site.details for site in done.sites] == [False] * 2
+
+
+def test_a_grid_known_at_run_time_leaves_the_choice_to_it():
+    conv = torch.nn.Conv3d(4, 32, (1, 2, 2), (1, 2, 2))
+
+    def model(video):
+        grid = conv(video)
+        q = F.avg_pool3d(video, (1, 2, 2)).flatten(2).transpose(1, 2)[:, None].repeat(1, 2, 1, 8)
+        return F.scaled_dot_product_attention(q, q, q) + grid.sum()
+
+    video = torch.randn(1, 4, 4, 16, 12)
+    for dim in (2, 3, 4):
+        torch._dynamo.mark_dynamic(video, dim)
+    done = run_pass(model, (video,), slice="64x8", density=1.0)
+    assert len(done.calls(ops.choose_order)) == 1 and not done.calls(ops.query_order)
+    torch.testing.assert_close(done.result, model(video))
 
 
 @pytest.mark.parametrize("mask", ["observed", "dfs"])

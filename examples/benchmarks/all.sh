@@ -40,7 +40,8 @@ drawn() { python -P examples/quality.py --out "$OUT/$1" "${@:2}"; rm "$OUT/$1.pn
 mini() { drawn "$@" --frames 17 ${MINI:+--weights "$MINI" --side 256}; }
 quality() {
   local prompts=(--source gh_sam2_01_dog kivy_cityCC0 --seeds 0 1 2 3 --density 0.15 0.3)
-  local methods=(means "means, tail" "128x1, one mean, no order" "64x64 blocks" observed "observed, tail")
+  local methods=(means "means, tail" "means, time step 0.5" "means, tail, time step 0.5"
+    "128x1, one mean, no order" "64x64 blocks" observed "observed, tail")
   drawn quality_tiny --steps 16 --dense-first 0.1875 "${prompts[@]}" --methods "${methods[@]}"
   mini quality_mini --steps 20 "${prompts[@]}" --methods "${methods[@]}"
   mini quality_curves --steps 32 --source gh_sam2_01_dog --seeds 0 1 --density 0.1 0.2 0.3 0.5 \

@@ -29,7 +29,7 @@ LABELS = {
     "slice": "M x N", "psnr_db": "PSNR, dB", "lists_ms": "lists, ms", "select_ms": "selection, ms",
     "select_share": "selection of dense", "cut_ms": "cut, ms", "scores_ms": "scores, ms",
     "normaliser_ms": "normaliser, ms", "means_ms": "means, ms", "top_p": "top-p",
-    "select_top_p_ms": "top-p selection, ms",
+    "select_top_p_ms": "top-p selection, ms", "order_ms": "order, ms",
     "select_top_p_share": "top-p selection of dense", "select_memory": "selection's memory of q, k, v",
     "mask_memory": "mask of q, k, v",
     "lists": "kept groups", "tail_ms": "tail, ms", "together_ms": "selection and attention, ms",
@@ -40,15 +40,16 @@ PERCENT = {"select_share", "select_top_p_share"}
 MEMORY = {"select_memory", "mask_memory"}  # shares that may pass 1
 HIDDEN = {"density", "p20_ms", "p80_ms", "baseline_p20_ms", "baseline_p80_ms"}
 WAN = "attention_hopper_wan2.1-1.3b-480p.json"
-SELECTION = "attention_hopper_selection.json"
+LARGE = "attention_hopper_selection_14b-720p.json"
 PLAIN = {"variant": "hopper", "tail": "none"}
 # What it is, the file, and the values that pick one record in it.
 SUMMARY = (
-    ("attention, 30% kept in groups of 16 keys, the default", SELECTION, {**PLAIN, "slice": "128x16", "density": 0.3}),
+    ("attention, 30% kept in groups of 16 keys, the default", WAN, {**PLAIN, "slice": "128x16", "density": 0.3}),
+    ("the same", LARGE, {**PLAIN, "slice": "128x16", "density": 0.3}),
     ("attention, 30% kept in groups of 8 keys", WAN, {**PLAIN, "slice": "128x8", "density": 0.3}),
     ("attention, 30% kept key by key", WAN, {**PLAIN, "slice": "128x1", "density": 0.3}),
-    ("attention, 10% kept in groups of 8 keys", WAN, {**PLAIN, "slice": "128x8", "density": 0.1}),
-    ("attention, everything kept", WAN, {**PLAIN, "slice": "128x8", "density": 1.0}),
+    ("attention, 10% kept in groups of 16 keys", WAN, {**PLAIN, "slice": "128x16", "density": 0.1}),
+    ("attention, everything kept", WAN, {**PLAIN, "slice": "128x16", "density": 1.0}),
     ("backward of attention, 30% kept key by key", "training_attention.json", {"work": "backward", "slice": "128x1"}),
     (
         "forward, backward and selection, the default slice",
@@ -72,11 +73,15 @@ QUALITY = {
     "dfs": "DFSAttn's rule",
     "means": "means (**default** from a density of 0.25 on)",
     "means, tail": "means, pooled tail (**default** below)",
+    "means, time step 0.5": "means, slices that reach as far in time whatever the queries",
+    "means, tail, time step 0.5": "the same, pooled tail",
     "observed": "observed, made anew every 4 steps",
     "observed, tail": "observed, pooled tail",
 }
+# The curves are older than the choice of the order by the queries.
+CURVES = {name: label for name, label in QUALITY.items() if name not in ("means", "means, tail")}
 PERIODS = {
-    "means": "at every call, from means (the default)",
+    "means, time step 0.5": "at every call, from means",
     "observed": "every 4 steps",
     "observed, every 8": "every 8 steps",
     "observed, every 16": "every 16 steps",
@@ -218,7 +223,7 @@ def sections() -> dict[Path, dict[str, str]]:
         README: {
             "summary": summary_table(),
             "quality": quality_table(variants={k: v for k, v in QUALITY.items() if k != "dfs"}),
-            "curves": quality_table(["quality_curves.json"]),
+            "curves": quality_table(["quality_curves.json"], CURVES),
             "peers": peers_table(),
             "options": options_table(),
         },

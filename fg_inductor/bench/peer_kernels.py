@@ -8,6 +8,7 @@ likes best, made outside of what is timed.
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 import torch
@@ -192,4 +193,9 @@ PEERS = {
 
 def version(module: str) -> str:
     """The version of a peer's package. Raises ImportError, or whatever its import raises."""
-    return str(getattr(importlib.import_module(module), "__version__", "unknown"))
+    found = str(getattr(importlib.import_module(module), "__version__", "unknown"))
+    if found not in ("unknown", "0.0.0"):
+        return found
+    # Of the distribution, where the package does not know its own.
+    names = metadata.packages_distributions().get(module.partition(".")[0], [])
+    return metadata.version(names[0]) if len(set(names)) == 1 else found
