@@ -4,7 +4,8 @@ Plain checkpointing needs nothing: it recomputes selector and attention alike, f
 names the ops that it saves, and can't know that SDPA became ``fgattn::attention``; ``translate_policies`` asks it about
 SDPA in its place. What is saved of a forward pass must then be saved whole: a backward that pairs the saved lse with a
 mask that was made anew from recomputed, differently rounded q and k would differentiate another function.
-``save_masks`` sees to that on the joint graph, whatever made the partitioner save attention.
+``save_masks`` sees to that on the joint graph, whatever made the partitioner save attention. And a query order that was
+chosen by the queries is always saved: chosen anew it might be another one, in which a saved mask means nothing.
 """
 
 import functools
@@ -70,9 +71,11 @@ def translate_policies(gm: fx.GraphModule) -> None:
 
 
 def save_masks(graph: fx.Graph) -> None:
-    """Where a joint graph does not recompute attention, saves its outputs and its mask."""
+    """Where a joint graph does not recompute attention, saves its outputs and its mask; and a chosen order anyhow."""
     if not graph.find_nodes(op="call_function", target=torch.ops.fgattn.attention_backward.default):
         return
+    for order in graph.find_nodes(op="call_function", target=ops.choose_order):
+        order.meta["recompute"] = CheckpointPolicy.MUST_SAVE
     for node in graph.find_nodes(op="call_function", target=ops.attention):
         if node.meta.get("recompute") in _RECOMPUTE:
             continue

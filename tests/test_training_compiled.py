@@ -133,20 +133,62 @@ def test_saves_what_belongs_together(tag, backward):
     """Whatever the parts are marked: what attention is marked decides for its outputs and its mask."""
     graph = torch.fx.Graph()
     q, mask = graph.placeholder("q"), graph.placeholder("mask")
-    arguments = (None, None, 0.125, 64, 8, "none", 0)
+    order = graph.call_function(torch.ops.fgattn.choose_order.default, (q, 4, 8, 8, 0, 0, 64))
+    arguments = (None, order, 0.125, 64, 8, "none", 0)
     attention = graph.call_function(torch.ops.fgattn.attention.default, (q, q, q, mask, *arguments))
     out, lse = (graph.call_function(operator.getitem, (attention, i)) for i in range(2))
     if backward:
         saved = (q, q, q, q, out, lse, mask)
         graph.call_function(torch.ops.fgattn.attention_backward.default, (*saved, *arguments))
     attention.meta["recompute"] = tag
-    for node in (out, lse, mask):
+    for node in (out, lse, mask, order):
         node.meta["recompute"] = CheckpointPolicy.PREFER_RECOMPUTE
     checkpoint_pass.save_masks(graph)
     keeps = backward and tag not in (CheckpointPolicy.MUST_RECOMPUTE, CheckpointPolicy.PREFER_RECOMPUTE)
     expected = CheckpointPolicy.MUST_SAVE if keeps else CheckpointPolicy.PREFER_RECOMPUTE
     assert [node.meta["recompute"] for node in (out, lse, mask)] == [expected] * 3
+    # Chosen anew, by queries that are rounded differently, it might be another: then a saved mask would mean nothing.
+    assert order.meta["recompute"] == (CheckpointPolicy.MUST_SAVE if backward else CheckpointPolicy.PREFER_RECOMPUTE)
     assert "recompute" not in q.meta
+
+
+class Spread(torch.nn.Module):
+    """Attention over a video whose queries choose an order that is not the usual one."""
+
+    GRID = (16, 16, 16)
+
+    def __init__(self, call):
+        super().__init__()
+        self.call = call
+        generator = torch.Generator().manual_seed(0)
+        self.scale = torch.nn.Parameter(torch.rand(32, generator=generator) + 0.5)
+
+    def inner(self, x):
+        q = F.silu(x * self.scale) * self.scale
+        return F.scaled_dot_product_attention(q, x, x)
+
+    def forward(self, x):
+        return self.call(lambda _, x: self.inner(x), x) if self.call else self.inner(x)
+
+
+@pytest.mark.parametrize("name", ["no-checkpoint", "plain", "saves-sdpa", "saves-mm"])
+def test_a_chosen_order_is_made_once(name):
+    """Whatever is saved, the order of the forward pass is that of the backward pass."""
+    call, runs = POLICIES[name]
+    call = call and (lambda region, x, call=call: call(lambda x: region(None, x), x))
+    axes = torch.meshgrid(*(torch.arange(size, dtype=torch.float32) for size in Spread.GRID), indexing="ij")
+    place = torch.stack(axes, -1).flatten(0, 2) * torch.tensor([0.1, 1.0, 1.0])  # slow in time
+    phase = place @ (torch.randn(2, 3, 16, generator=torch.Generator().manual_seed(1)) / 12)
+    x = torch.cat([phase.cos(), phase.sin()], -1)[None].requires_grad_()
+    options = {**SPARSE, "fgattn.slice": "64x8", "fgattn.token_grid": Spread.GRID}
+    run = torch.compile(Spread(call), backend="fgattn", options=options, fullgraph=True)
+    (expected,) = torch.autograd.grad(
+        torch.compile(Spread(None), backend="fgattn", options={**options, "fgattn.inner": "eager"})(x).square().sum(), x
+    )
+    (grad,) = torch.autograd.grad(run(x).square().sum(), x)
+    torch.testing.assert_close(grad, expected)
+    calls = count_calls(lambda: torch.autograd.grad(run(x).square().sum(), x))
+    assert [calls[op] for op in ("choose_order", "select_pooled", "attention")] == [1, runs, runs]
 
 
 def test_policy_is_asked_about_attention_only_for_attention():
