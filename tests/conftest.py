@@ -6,6 +6,9 @@ import sys
 from importlib import metadata
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # threads of several processes would wait for each other
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import pytest
 import torch
 
@@ -21,8 +24,11 @@ ROOT = Path(__file__).resolve().parent.parent
 TRITON = importlib.util.find_spec("triton") is not None
 KERNEL_TESTS = [
     f"test_{name}.py"
-    for name in ("attention_backward", "attention_forward", "kept_density", "resources", "select_pooled")
-]
+    for name in (
+        "attention_backward", "attention_forward", "kept_density", "order_spread", "resources", "select_cut",
+        "select_pooled",
+    )
+]  # fmt: skip
 collect_ignore = [] if TRITON else KERNEL_TESTS
 
 

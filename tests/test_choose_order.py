@@ -6,10 +6,9 @@ import torch.nn.functional as F
 
 import fg_inductor
 from fg_inductor.kernels import choose_order as module
-from fg_inductor.kernels import ops, order_spread
+from fg_inductor.kernels import ops
 from fg_inductor.kernels.choose_order import TIMES, candidates, choose_order
 from fg_inductor.kernels.query_order import TIME, cross_section, query_order
-from fg_inductor.testing import assert_as_accurate
 from fg_inductor.testing_passes import run_pass
 
 GRID, M = (16, 16, 16), 64
@@ -88,58 +87,6 @@ def test_less_than_a_slice(sizes):
 def test_sizes_are_those_of_the_queries(sizes):
     with pytest.raises(ValueError, match=r"fgattn::choose_order: token grid .* for 127 queries; give the sizes"):
         ops.choose_order(torch.randn(1, 1, 127, 16), *sizes, 64)
-
-
-# The kernel
-
-SIZES = {  # batch, heads, head dim, grid, text before and after, m, dtype
-    "float32": (1, 2, 32, (16, 16, 16), 3, 40, 64, torch.float32),
-    "batch-2": (2, 3, 128, (9, 10, 12), 0, 5, 128, torch.bfloat16),
-    "many-heads": (1, 70, 80, (5, 8, 16), 0, 0, 64, torch.float16),
-    "one-slice": (1, 1, 16, (4, 5, 4), 7, 0, 64, torch.float32),
-}
-
-
-def sampled(name, device):
-    batch, heads, dim, grid, before, after, m, dtype = SIZES[name]
-    tokens = before + grid[0] * grid[1] * grid[2] + after
-    q = torch.randn(batch, tokens, heads, dim, generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    q = q.transpose(1, 2) + 3  # far from 0: a mean of squares less the square of the mean would lose digits
-    orders, slices = module.all_orders(q, *grid, before, after, m), module.sampled_slices(*grid, m)
-    assert len(orders) > 1 and len(slices)
-    return q, orders, slices, m
-
-
-@pytest.mark.parametrize("name", SIZES)
-def test_spread(name, device, poison):
-    q, *which = sampled(name, device)
-    assert_as_accurate(order_spread.spread(q, *which), module.spread(q, *which), module.spread(q.double(), *which))
-
-
-@pytest.mark.parametrize("name", SIZES)
-def test_take(name, device, poison):
-    """Every order by some spreads; a head that says nothing; the first one of equals."""
-    q, orders, *which = sampled(name, device)
-    parts = module.spread(q, orders, *which)
-    seen = set()
-    for least in range(len(orders)):
-        for margin in (1.02, 1e3):
-            apart = parts.clone()
-            apart[:, :, least] *= 0.5
-            for bad in (None, 0.0, float("nan")):
-                if bad is not None:
-                    apart[:, 0] = bad
-                chosen = module.usual_or_least(apart, margin)
-                assert torch.equal(order_spread.take(apart, orders, margin), orders[chosen])
-                seen.add(chosen.item())
-    assert seen == set(range(len(orders))) or q.shape[1] == 1
-    assert torch.equal(order_spread.take(torch.ones_like(parts), orders, 1.0), orders[0])
-
-
-@pytest.mark.parametrize(("speed", "time"), [(0.1, 0.125), (0.5, TIME), (2.5, 2.0)])
-def test_launch(speed, time, device, poison):
-    q = torch.cat([100 * torch.randn(1, 2, 3, 32), queries(speed), 100 * torch.randn(1, 2, 40, 32)], 2).to(device)
-    assert time_of(order_spread.launch(q, *GRID, 3, 40, M).cpu(), 3, 40) == time
 
 
 class Sites(torch.nn.Module):
