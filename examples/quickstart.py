@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 import fg_inductor
 from fg_inductor.kernels import ops
-from fg_inductor.passes.selector import order_of
+from fg_inductor.passes.selector import order_of_calls
 from fg_inductor.settings import Settings
 
 NOISE = 0.6  # the share of noise in the clip that is handed to the model
@@ -99,7 +99,7 @@ def mask_of_layer(model, layer: int, noisy: Tensor, level: float, grid, settings
     with SelfAttentionInputs() as calls:
         tiny_dit.denoise(model, noisy, [level, 0.0])
     q, k = calls.inputs[layer]
-    order = order_of(settings, q, grid)
+    order = order_of_calls(settings, grid, q.device)(q)
     k = ops.reorder(k, order)
     mask = ops.select_pooled(
         q, k, None, order, q.shape[-1] ** -0.5, settings.m, settings.n, settings.queries_per_mean,

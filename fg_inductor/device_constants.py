@@ -29,7 +29,7 @@ from fg_inductor import cost, kernels
 from fg_inductor.cost import Constants, Shape
 from fg_inductor.kernels import ops
 from fg_inductor.passes.cache_key import source_hash
-from fg_inductor.passes.selector import order_of
+from fg_inductor.passes.selector import order_of_calls
 from fg_inductor.settings import Settings
 
 log = logging.getLogger(__name__)
@@ -181,7 +181,8 @@ def measure(settings: Settings, dim: int, dtype: torch.dtype, device: torch.devi
         for heads, grid in SHAPES[device.type]:
             tokens = grid[0] * grid[1] * grid[2]
             q, k, v = _random(heads, tokens, dim, dtype, device)
-            order = order_of(settings, q, grid)
+            order_of = order_of_calls(settings, grid, device)
+            order = order_of(q)
             scale, m, n = dim**-0.5, settings.m, settings.n
             shape = Shape(1, heads, tokens, tokens, dim, m, n, 1.0, int(settings.tail_kind == "pooled"))
 
@@ -206,8 +207,8 @@ def measure(settings: Settings, dim: int, dtype: torch.dtype, device: torch.devi
                 choose = (scale, m, n, settings.queries_per_mean, settings.mass, density, 1.0, [], [], 0)
                 rules = (settings.reduce, settings.gamma)
 
-                def select(q=q, k=k, v=v, grid=grid, choose=choose, rules=rules) -> Tensor:
-                    order = order_of(settings, q, grid)
+                def select(q=q, k=k, v=v, order_of=order_of, choose=choose, rules=rules) -> Tensor:
+                    order = order_of(q)
                     if settings.n > 1:  # v is copied to query order; k likewise, by what makes it
                         ops.reorder(v, order)
                     return ops.select_pooled(q, k, None, order, *choose, *rules)

@@ -17,7 +17,7 @@ from tabulate import tabulate
 from fg_inductor import device_constants
 from fg_inductor.kernels import choice, ops
 from fg_inductor.kernels.mask import unpack
-from fg_inductor.passes.selector import order_of
+from fg_inductor.passes.selector import order_of_calls
 from fg_inductor.settings import Settings
 from fg_inductor.testing import assert_as_accurate, poison
 from fg_inductor.testing_cases import CASES, Case, reference_gradients, reference_result
@@ -150,6 +150,7 @@ def speed(device: str) -> list[dict]:
     on, settings = torch.device(device), Settings().with_order(True)
     q, k, v = device_constants._random(heads, tokens, dim, dtype, on)
     scale, m, n = dim**-0.5, settings.m, settings.n
+    order_of = order_of_calls(settings, grid, on)
 
     def attend():
         return F.scaled_dot_product_attention(q, k, v)
@@ -160,7 +161,7 @@ def speed(device: str) -> list[dict]:
         choose = (scale, m, n, settings.queries_per_mean, 0.9, density, 1.0, [], [], 0)
 
         def run(choose=choose):
-            order = order_of(settings, q, grid)
+            order = order_of(q)
             keys, values = (ops.reorder(x, order) for x in (k, v))
             mask = ops.select_pooled(q, keys, None, order, *choose)
             return ops.attention(q, keys, values, mask, None, order, scale, m, n, settings.tail_kind, 0)

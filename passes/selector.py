@@ -1,5 +1,6 @@
 """The selector of a site: the operator that makes its block mask, and its arguments."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -35,11 +36,17 @@ def order_options(settings) -> tuple:
     return () if curve == "rods" else (curve,)
 
 
-def order_of(settings, q: Tensor, grid: tuple[int, int, int], before: int = 0, after: int = 0) -> Tensor:
-    """int32 [Sq]: the query order of a call, as the rewritten graph makes it. q [B, H, Sq, D], text at its ends."""
+def order_of_calls(
+    settings, grid: tuple[int, int, int], device: torch.device, before: int = 0, after: int = 0
+) -> Callable[[Tensor], Tensor]:
+    """The query order int32 [Sq] of a call with q [B, H, Sq, D], text at its ends, as a rewritten graph has it.
+
+    Chosen anew in each call, or made once for all of them.
+    """
     if chooses_order(settings, grid):
-        return ops.choose_order(q, *grid, before, after, settings.m)
-    return ops.query_order(*grid, before, after, settings.m, q.device, *order_options(settings))
+        return lambda q: ops.choose_order(q, *grid, before, after, settings.m)
+    order = ops.query_order(*grid, before, after, settings.m, device, *order_options(settings))
+    return lambda q: order
 
 
 class Refused(Exception):

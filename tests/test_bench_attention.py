@@ -260,6 +260,7 @@ def test_inputs_of_a_model(calls, tmp_path):
     text = f"--qkv {file} --grid 5 6 7 --dtype float16 --slice 64x1 64x8 16x8 --density 0.4 --baselines --phases"
     rows = list(attention.rows(attention.parse(text.split()), "cpu"))
     assert [row["slice"] for row in rows] == ["64x1", "64x8", "16x8"]
+    assert ["order_ms" in row for row in rows] == [True, True, False]  # made once for all calls: not a cost of each
     for row in rows:
         assert row["shape"] == [1, 2, 210, 64] and row["lists"] == "selected" and row["preset"] is None
         assert row["error"] < 0.01 and 0.35 < row["kept"] < 0.5
@@ -311,7 +312,8 @@ def test_selection_is_in_the_query_order_of_a_preset(text, calls, selections, mo
     monkeypatch.setattr(attention, "PRESETS", {"small": preset})
     monkeypatch.setattr(attention, "peak_bytes", lambda run, device: run().nbytes)
     arguments = "--preset small --slice 64x8 --phases --top-p 0.9 --baselines"
-    next(attention.rows(attention.parse(arguments.split()), "cpu"))
+    row = next(attention.rows(attention.parse(arguments.split()), "cpu"))
+    assert row["order_ms"] == 1.0  # chosen in each call, before anything is selected
     expected = ops.query_order(5, 6, 7, 0, text, 64, "cpu")
     assert expected[:210].sort().values.tolist() == list(range(210)) and len(expected) == 210 + text
     *alone, together = [order for order, *_ in selections]

@@ -2,7 +2,9 @@
 
 import json
 import math
+from importlib import metadata
 
+import expecttest
 import pytest
 import torch
 import torch.nn.functional as F
@@ -144,3 +146,12 @@ def test_order_makes_blocks_compact():
     moved = peers.load(peers.parse(["--grid", "4", "8", "8", "--heads", "2", "--inputs", "random", "--order"]), "cpu")
     order = query_order(4, 8, 8, 0, 0, 128, torch.device("cpu")).long()
     assert all(torch.equal(a[:, :, order], b) for a, b in zip(plain, moved, strict=True))
+
+
+@pytest.mark.parametrize("own", [None, "0.0.0", "1.2"])
+def test_version(own, monkeypatch):
+    """Of the distribution, where the package does not know its own."""
+    monkeypatch.setattr(expecttest, "__version__", own, raising=False)
+    if own is None:
+        monkeypatch.delattr(expecttest, "__version__")
+    assert peer_kernels.version("expecttest") == (own if own == "1.2" else metadata.version("expecttest"))

@@ -124,11 +124,11 @@ def test_cache_folder(variables, expected, monkeypatch):
 
 
 def times(terms, constants, noise=()):
-    """Pairs of (shape, time) at the shapes that are timed on CUDA, at two densities, whole and ragged."""
+    """Pairs of (shape, time) at the shapes that are timed on CUDA."""
     found = []
     for heads, grid in device_constants.SHAPES["cuda"]:
         tokens = grid[0] * grid[1] * grid[2]
-        for density, cut in zip((0.1, 0.5), (0, device_constants.CUT), strict=True):
+        for density, cut in zip(device_constants.DENSITIES, (0, device_constants.CUT), strict=True):
             shape = Shape(1, heads, tokens - cut, tokens - cut, 128, 128, 8, density, 0)
             total = 0.0
             for name, term in terms.items():

@@ -18,7 +18,7 @@ the pooled tail adds, "together_ms" selects and attends, both launched from Pyth
 from q and k costs the device, as a CUDA graph of several selections, since Python launches cheap ones slower than they
 run; "select_share" is its share of cuDNN's time. With --top-p the same of a selection by mass ("select_top_p_ms",
 "select_top_p_share"). Queries are selected in query order where the token grid is known (of a preset, or of --qkv), and
-"order_ms" is what that order costs, which the default chooses by the queries of each call.
+"order_ms" is what it costs where it is chosen by the queries of each call, as the default does.
 "select_memory" is what a selection allocates while it runs, its mask included, and "mask_memory" the mask alone, both
 in bytes over those of q, k and v.
 """
@@ -52,7 +52,7 @@ from fg_inductor.bench.masks import LISTS, make_mask
 from fg_inductor.kernels import ops, reference
 from fg_inductor.kernels.checks import HEAD_DIMS, KERNELS, TAILS
 from fg_inductor.kernels.mask import group_count, unpack
-from fg_inductor.passes.selector import order_of
+from fg_inductor.passes.selector import chooses_order, order_of_calls
 from fg_inductor.settings import Settings
 
 COLUMNS = [
@@ -152,7 +152,7 @@ def rows(args: argparse.Namespace, device: str = "cuda") -> Iterator[dict]:
             yield row(timing, kept, variant="FlexAttention", **what) | found
         phases = {}
         if args.phases:
-            phases = _selection(sparse, mask, _orders(args, m, n), m, n, density, args.top_p, dense)
+            phases = _selection(args, sparse, mask, m, n, density, dense)
         for tail in args.tail:
             call = (mask, None, order, args.dim**-0.5, m, n, tail, 0)
             for variant, kernel in _kernels(args.kernel, sparse[0], call).items():
@@ -189,7 +189,7 @@ def _of_a_model(args: argparse.Namespace, dtype: torch.dtype, device: str) -> In
 
 def _selected(inputs: Inputs, grid: list[int], m: int, n: int, density: float) -> tuple[Inputs, Tensor, Tensor]:
     """What attention is given by the backend: q, k and v, keys in query order where n is not 1; mask; query order."""
-    order = order_of(_settings(m, n), inputs[0][0], grid)
+    order = order_of_calls(_settings(m, n), tuple(grid), inputs[0][0].device)(inputs[0][0])
     if n > 1:
         inputs = [(q, *(ops.reorder(x, order) for x in (k, v))) for q, k, v in inputs]
     q, k, _ = inputs[0]
@@ -249,24 +249,16 @@ def _settings(m: int, n: int) -> Settings:
     return Settings.parse({"slice": f"{m}x{n}"})
 
 
-def _orders(args: argparse.Namespace, m: int, n: int) -> Callable[[Tensor], Tensor] | None:
-    """The order in which the backend selects the queries of a call, text at the end; None where no grid is known."""
-    if args.qkv:
-        grid, tokens = args.grid, math.prod(args.grid)
-    elif args.preset:
-        grid, tokens = PRESETS[args.preset]["grid"], PRESETS[args.preset]["tokens"]
-    else:
-        return None
-    return lambda q: order_of(_settings(m, n), q, tuple(grid), 0, tokens - math.prod(grid))
-
-
-def _selection(inputs, mask, order_by, m, n, density, top_p, dense) -> dict[str, float | None]:
+def _selection(args, inputs, mask, m, n, density, dense) -> dict[str, float | None]:
     """What selecting such masks takes of the device, whatever attention follows; ``dense``: milliseconds, or None."""
+    top_p, order = args.top_p, None
     found = {"top_p": top_p} if top_p else {}
-    order = None
-    if order_by:
-        order = order_by(inputs[0][0])
-        found["order_ms"] = measure_graph([lambda q=q: order_by(q) for q, _, _ in inputs], SELECTIONS).median
+    if args.preset or args.grid:
+        settings, grid = _settings(m, n), tuple(args.grid or PRESETS[args.preset]["grid"])
+        order_of = order_of_calls(settings, grid, inputs[0][0].device, 0, args.seq - math.prod(grid))  # text at the end
+        order = order_of(inputs[0][0])
+        if chooses_order(settings, grid):
+            found["order_ms"] = measure_graph([lambda q=q: order_of(q) for q, _, _ in inputs], SELECTIONS).median
     rules = {"select": (density,)} | ({"select_top_p": (None, top_p)} if top_p else {})
     for name, rule in rules.items():
         calls = [lambda q=q, k=k, rule=rule: select(q, k, order, m, n, *rule) for q, k, _ in inputs]

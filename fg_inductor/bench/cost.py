@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from fg_inductor import cost, device_constants
 from fg_inductor.bench.common import Timing, collect, environment, measure, show, where
 from fg_inductor.kernels import ops
-from fg_inductor.passes.selector import order_of
+from fg_inductor.passes.selector import order_of_calls
 from fg_inductor.settings import Settings
 
 COLUMNS = [
@@ -89,8 +89,10 @@ def _measure(heads: int, grid: tuple[int, int, int], dim: int, dtype: torch.dtyp
     scale, m, n = dim**-0.5, settings.m, settings.n
     choose = (scale, m, n, settings.queries_per_mean, settings.mass, settings.share, 1.0, [], [], 0)
 
+    order_of = order_of_calls(settings, grid, device)
+
     def sparse():
-        order = order_of(settings, q, grid)
+        order = order_of(q)
         values = ops.reorder(v, order) if n > 1 else v  # k is put in query order by what makes it
         mask = ops.select_pooled(q, k, None, order, *choose)
         return ops.attention(q, k, values, mask, None, order, scale, m, n, settings.tail_kind, 0, settings.kernel)
