@@ -50,6 +50,10 @@ def test_take(name, device, poison):
                 assert torch.equal(order_spread.take(apart, orders, margin), orders[chosen])
                 seen.add(chosen.item())
     assert seen == set(range(len(orders))) or q.shape[1] == 1
+    # Just enough for the margin: a head more that says nothing would tip it.
+    close = torch.full_like(parts, 100.0)
+    close[:, :, 1] *= 0.96
+    assert torch.equal(order_spread.take(close, orders, 1.02), orders[1])
     assert torch.equal(order_spread.take(torch.ones_like(parts), orders, 1.0), orders[0])
 
 
