@@ -2,6 +2,8 @@
 
 import json
 import math
+import sys
+import types
 from importlib import metadata
 
 import expecttest
@@ -92,6 +94,31 @@ def test_formats_say_the_same():
         for t in range(3):
             assert order[0, h, t, : counts[0, h, t]].tolist() == keep[h, t].nonzero()[:, 0].tolist()
     assert order.sort(-1).values.eq(torch.arange(9)).all() and order.dtype == counts.dtype == torch.int32
+
+
+@pytest.mark.parametrize("m", [64, 128])
+def test_sla_is_given_the_kept_blocks(m, monkeypatch):
+    """As many in every row; its kernel's arguments and what it makes of them, in PyTorch."""
+
+    class Attention:
+        @staticmethod
+        def apply(q, k, v, kept, lists, count, rows, columns):
+            assert (rows, columns) == (m, 64) and lists.is_contiguous() and lists.shape == (1, 2, 256 // m, count)
+            keep = torch.zeros(1, 2, 256 // m, 4, dtype=torch.int8).scatter_(-1, lists.long(), 1)
+            assert torch.equal(keep, kept)
+            mask = keep.bool().repeat_interleave(m, 2).repeat_interleave(64, 3)
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+    module = types.ModuleType("sparse_linear_attention")
+    module.kernel = types.SimpleNamespace(_attention=Attention)
+    monkeypatch.setitem(sys.modules, "sparse_linear_attention", module)
+    monkeypatch.setitem(sys.modules, "sparse_linear_attention.kernel", module.kernel)
+    peer = peer_kernels.PEERS[f"SLA {m}x64"].make(2, 256, 64)
+    q, k, v = torch.randn(3, 1, 2, 256, 64)
+    keep = peers.keep_most(peers.attention_mass(q, k), m, 64, 0.5)
+    out = peer.bhsd(peer.run(peer.layout(q, k, v), peer.prepare(keep)))
+    mask = keep.repeat_interleave(m, 1).repeat_interleave(64, 2)
+    torch.testing.assert_close(out, F.scaled_dot_product_attention(q, k, v, attn_mask=mask))
 
 
 def test_interpolates_in_logarithms_and_nowhere_else():

@@ -54,6 +54,8 @@ def test_take(name, device, poison):
     close = torch.full_like(parts, 100.0)
     close[:, :, 1] *= 0.96
     assert torch.equal(order_spread.take(close, orders, 1.02), orders[1])
+    close[1:, :, 0] *= 0.5  # another entry of the batch outweighs that
+    assert torch.equal(order_spread.take(close, orders, 1.02), orders[0 if len(parts) > 1 else 1])
     assert torch.equal(order_spread.take(torch.ones_like(parts), orders, 1.0), orders[0])
 
 

@@ -170,6 +170,25 @@ def _vsa(H, S, D):
     return Peer(_bhsd, lambda keep: _map_to_index(keep[None]), run)
 
 
+def _sla(m: int):
+    """The sparse part of Sparse-Linear Attention (github.com/thu-ml/SLA, installed by pip from there; on PyPI it is in
+    no package of its own). Its Triton kernel keeps as many blocks in every row, which is a constant that it is compiled
+    for; preparation waits for the device to read it.
+    """
+
+    def make(H, S, D):
+        from sparse_linear_attention.kernel import _attention
+
+        def prepare(keep):
+            counts, order = listed(keep)
+            blocks = int(counts[0, 0, 0])
+            return keep.to(torch.int8)[None], order[..., :blocks].contiguous(), blocks
+
+        return Peer(_bhsd, prepare, lambda inputs, mask: _attention.apply(*inputs, *mask, m, 64))
+
+    return Kind(make, m, 64, "sparse_linear_attention")
+
+
 # Those that may take the device down with them, or minutes to build, come last.
 PEERS = {
     "cuDNN dense": Kind(_sdpa(SDPBackend.CUDNN_ATTENTION)),
@@ -182,6 +201,8 @@ PEERS = {
     "fgattn 128x128": _ours(128, 128),
     "FlexAttention 128x128": _flex(128, 128),
     "FlexAttention 64x64": _flex(64, 64),
+    "SLA 128x64": _sla(128),
+    "SLA 64x64": _sla(64),
     "VSA 64x64": Kind(_vsa, 64, 64, "fastvideo_kernel"),
     "FA4 dense": Kind(_fa4_dense, module="flash_attn.cute"),
     "FA4 128x128": _fa4(128, 128),
