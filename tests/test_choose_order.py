@@ -9,6 +9,8 @@ from fg_inductor.kernels import choose_order as module
 from fg_inductor.kernels import ops
 from fg_inductor.kernels.choose_order import TIMES, candidates, choose_order
 from fg_inductor.kernels.query_order import TIME, cross_section, query_order
+from fg_inductor.passes.selector import order_of_calls
+from fg_inductor.settings import Settings
 from fg_inductor.testing_passes import run_pass
 
 GRID, M = (16, 16, 16), 64
@@ -89,6 +91,15 @@ def test_sizes_are_those_of_the_queries(sizes):
         ops.choose_order(torch.randn(1, 1, 127, 16), *sizes, 64)
 
 
+def test_calls_outside_of_a_graph_have_its_order():
+    """Chosen in each, or one for all."""
+    settings = Settings.parse({"slice": f"{M}x8"})
+    order_of = order_of_calls(settings, GRID, CPU)
+    assert [time_of(order_of(queries(speed))) for speed in (0.1, 2.5)] == [0.125, 2.0]
+    order_of = order_of_calls(Settings.parse({"slice": f"{M}x8", "time_step": 2}), GRID, CPU)
+    assert order_of(queries(0.1)) is order_of(queries(2.5)) and time_of(order_of(None)) == 2.0
+
+
 class Sites(torch.nn.Module):
     def forward(self, a, b):
         return F.scaled_dot_product_attention(a, a, a) + F.scaled_dot_product_attention(b, a, b)
@@ -133,7 +144,7 @@ def test_a_grid_known_at_run_time_leaves_the_choice_to_it():
 @pytest.mark.parametrize("mask", ["observed", "dfs"])
 def test_masks_that_stay_have_an_order_that_stays(mask):
     x = torch.randn(1, 2, 256, 32)
-    done = run_pass(Sites(), (x, x), token_grid=(4, 8, 8), time_step="auto", mask=mask)
+    done = run_pass(Sites(), (x, x), token_grid=(4, 8, 8), slice="64x8", mask=mask)
     assert not done.calls(ops.choose_order) and len(done.calls(ops.query_order)) == 1
 
 
