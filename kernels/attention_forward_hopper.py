@@ -8,6 +8,7 @@ work       [B * H * X + 1, 4] int32: the tiles in the order they are begun, and 
                               last row counts those that were drawn
 bias       [B, Sk]           float32, -inf where a key is masked, or None
 order      [Sq]              int32: row i of query order is token order[i]; out and lse are in token order; or None
+alike      [B, H, T]         int32, M < 64: the slices in the order in which they fill tiles (``alike_slices``), or None
 tail_k, v  [B, Hkv, J, D]    summaries of the 128-key blocks, tail_bias [B, H, T, J] (base 2; -inf: none dropped)
 lse        [B, Hq, Sq]       float32, natural log
 Grid       as many CTAs as the GPU holds at once; each draws its tiles, two ahead
@@ -23,7 +24,8 @@ that hold a masked key; the tiles of the pooled tail follow in the same softmax.
 
 Where a slice is smaller than a tile (M = 32 and 16), the list is the union of what the tile's slices keep, every entry
 carries one bit for each slice above its id, and each row masks what its own slice did not keep: exact for every slice.
-``query_order`` sees to it that such slices agree on most of their keys.
+``query_order`` sees to it that slices near each other agree on most of their keys, and of those ``alike_slices`` puts
+the ones that agree best into one tile.
 
 Meaning: ``reference.attention``. Numbers: ``python -m fg_inductor bench attention``.
 """
@@ -37,7 +39,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from fg_inductor.kernels import column_lists, work_order
+from fg_inductor.kernels import alike_slices, column_lists, work_order
 from fg_inductor.kernels.attention_forward import heads_at_once, prepare
 from fg_inductor.kernels.hopper_consumer import consumer
 from fg_inductor.kernels.hopper_loader import BOX_SHARED, loader
@@ -49,7 +51,7 @@ from fg_inductor.kernels.sizes import next_power_of_2
 @gluon.jit
 def _attention_fwd_hopper(
     q_ptr, k_ptr, v_ptr, out_ptr, lse_ptr,
-    lists_ptr, work_ptr, bias_ptr, order_ptr, tail_k_ptr, tail_v_ptr, tail_bias_ptr,
+    lists_ptr, work_ptr, bias_ptr, order_ptr, alike_ptr, tail_k_ptr, tail_v_ptr, tail_bias_ptr,
     k_desc, v_desc, tail_k_desc, tail_v_desc,
     stride_qb, stride_qh, stride_qs,
     stride_kb, stride_kh, stride_ks,
@@ -61,7 +63,7 @@ def _attention_fwd_hopper(
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, PRODUCER_WARPS: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
     HAS_BIAS: gl.constexpr, HAS_ORDER: gl.constexpr, TAIL: gl.constexpr, NEGATIVE: gl.constexpr,
-    WIDE: gl.constexpr, BOX: gl.constexpr,
+    WIDE: gl.constexpr, BOX: gl.constexpr, ALIKE: gl.constexpr,
 ):  # fmt: skip
     SUB: gl.constexpr = max(CONSUMERS * 64 // M, 1)
     dtype: gl.constexpr = q_ptr.dtype.element_ty
@@ -102,11 +104,11 @@ def _attention_fwd_hopper(
     bars = (k_full, k_empty, v_full, v_empty)
     k_strides, v_strides = (stride_kb, stride_kh, stride_ks), (stride_vb, stride_vh, stride_vs)
     strides = (stride_qb, stride_qh, stride_qs, stride_bb)
-    consumer_tensors = (work_ptr, lists_ptr, bias_ptr, tail_bias_ptr, order_ptr, out_ptr, lse_ptr)
+    consumer_tensors = (work_ptr, lists_ptr, bias_ptr, tail_bias_ptr, order_ptr, alike_ptr, out_ptr, lse_ptr)
     consumer_sizes = (first_head, heads, Hq, Sq, T, X, G, J, ITEMS, stride_bb)
     out_strides = (stride_ob, stride_oh, stride_os)
-    producer_tensors = (work_ptr, lists_ptr, bias_ptr, order_ptr, tail_k_ptr, tail_v_ptr)
-    producer_sizes = (first_head, heads, SHARE, Hkv, Sq, X, G, J, ITEMS)
+    producer_tensors = (work_ptr, lists_ptr, bias_ptr, order_ptr, alike_ptr, tail_k_ptr, tail_v_ptr)
+    producer_sizes = (first_head, heads, SHARE, Hkv, Sq, T, X, G, J, ITEMS)
     qkv = (q_ptr, k_ptr, v_ptr)
     descriptors = (k_desc, v_desc, tail_k_desc, tail_v_desc)
     # The arguments stand here as literals: assigned to a name, their constants would become run-time values.
@@ -115,16 +117,16 @@ def _attention_fwd_hopper(
             [
                 (consumer, (
                     gl.constexpr(0), q_side, buffers, bars, consumer_tensors, consumer_sizes, out_strides, qk_scale,
-                    D, BLOCK_D, M, N, BLOCK_N, STAGES, SUB, CONSUMERS, HAS_BIAS, HAS_ORDER, TAIL, NEGATIVE, BOX,
+                    D, BLOCK_D, M, N, BLOCK_N, STAGES, SUB, CONSUMERS, HAS_BIAS, HAS_ORDER, TAIL, NEGATIVE, BOX, ALIKE,
                 )),
                 (consumer, (
                     gl.constexpr(1), q_side, buffers, bars, consumer_tensors, consumer_sizes, out_strides, qk_scale,
-                    D, BLOCK_D, M, N, BLOCK_N, STAGES, SUB, CONSUMERS, HAS_BIAS, HAS_ORDER, TAIL, NEGATIVE, BOX,
+                    D, BLOCK_D, M, N, BLOCK_N, STAGES, SUB, CONSUMERS, HAS_BIAS, HAS_ORDER, TAIL, NEGATIVE, BOX, ALIKE,
                 )),
                 (_producer, (
                     q_side, buffers, bars, producer_tensors, qkv, producer_sizes, strides, k_strides, v_strides,
                     descriptors, WIDE, PRODUCER_WARPS,
-                    D, BLOCK_D, M, N, BLOCK_N, STAGES, SUB, CONSUMERS, HAS_BIAS, HAS_ORDER, TAIL, NEGATIVE, BOX,
+                    D, BLOCK_D, M, N, BLOCK_N, STAGES, SUB, CONSUMERS, HAS_BIAS, HAS_ORDER, TAIL, NEGATIVE, BOX, ALIKE,
                 )),
             ],
             [4, PRODUCER_WARPS],
@@ -135,12 +137,12 @@ def _attention_fwd_hopper(
             [
                 (consumer, (
                     gl.constexpr(0), q_side, buffers, bars, consumer_tensors, consumer_sizes, out_strides, qk_scale,
-                    D, BLOCK_D, M, N, BLOCK_N, STAGES, SUB, CONSUMERS, HAS_BIAS, HAS_ORDER, TAIL, NEGATIVE, BOX,
+                    D, BLOCK_D, M, N, BLOCK_N, STAGES, SUB, CONSUMERS, HAS_BIAS, HAS_ORDER, TAIL, NEGATIVE, BOX, ALIKE,
                 )),
                 (_producer, (
                     q_side, buffers, bars, producer_tensors, qkv, producer_sizes, strides, k_strides, v_strides,
                     descriptors, WIDE, PRODUCER_WARPS,
-                    D, BLOCK_D, M, N, BLOCK_N, STAGES, SUB, CONSUMERS, HAS_BIAS, HAS_ORDER, TAIL, NEGATIVE, BOX,
+                    D, BLOCK_D, M, N, BLOCK_N, STAGES, SUB, CONSUMERS, HAS_BIAS, HAS_ORDER, TAIL, NEGATIVE, BOX, ALIKE,
                 )),
             ],
             [PRODUCER_WARPS],
@@ -154,17 +156,17 @@ def _producer(
     WIDE: gl.constexpr, WARPS: gl.constexpr,
     D: gl.constexpr, BLOCK_D: gl.constexpr, M: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, SUB: gl.constexpr, CONSUMERS: gl.constexpr, HAS_BIAS: gl.constexpr,
-    HAS_ORDER: gl.constexpr, TAIL: gl.constexpr, NEGATIVE: gl.constexpr, BOX: gl.constexpr,
+    HAS_ORDER: gl.constexpr, TAIL: gl.constexpr, NEGATIVE: gl.constexpr, BOX: gl.constexpr, ALIKE: gl.constexpr,
 ):  # fmt: skip
     if BOX == 0:
         producer(
             q_side, buffers, bars, tensors, qkv, sizes, strides, k_strides, v_strides, WIDE, WARPS,
-            D, BLOCK_D, M, N, BLOCK_N, STAGES, SUB, CONSUMERS, HAS_BIAS, HAS_ORDER, TAIL, NEGATIVE,
+            D, BLOCK_D, M, N, BLOCK_N, STAGES, SUB, CONSUMERS, HAS_BIAS, HAS_ORDER, TAIL, NEGATIVE, ALIKE,
         )  # fmt: skip
     else:
         loader(
             q_side, buffers, bars, tensors, qkv, sizes, strides, descriptors, WIDE, WARPS,
-            D, BLOCK_D, N, BLOCK_N, STAGES, SUB, CONSUMERS, HAS_ORDER, TAIL, BOX,
+            D, BLOCK_D, M, N, BLOCK_N, STAGES, SUB, CONSUMERS, HAS_ORDER, TAIL, BOX, ALIKE,
         )  # fmt: skip
 
 
@@ -175,10 +177,10 @@ def configuration(d: int, m: int, n: int = 1) -> dict:
     The registers are those of a thread of the second consumer and of the producer; the first consumer has the rest.
     """
     if m == 64:  # two CTAs share a multiprocessor
-        tile = {"CONSUMERS": 1, "BLOCK_N": 64, "STAGES": 2, "PRODUCER_WARPS": 4}
+        tile = {"CONSUMERS": 1, "BLOCK_N": 64, "STAGES": 2, "PRODUCER_WARPS": 4, "ALIKE": False}
         tile |= {"CONSUMER_REGISTERS": 0, "PRODUCER_REGISTERS": 48, "maxnreg": 128}
     else:
-        tile = {"CONSUMERS": 2, "BLOCK_N": 128, "STAGES": 2 if d > 64 else 3, "PRODUCER_WARPS": 4}
+        tile = {"CONSUMERS": 2, "BLOCK_N": 128, "STAGES": 2 if d > 64 else 3, "PRODUCER_WARPS": 4, "ALIKE": m < 64}
         tile |= {"CONSUMER_REGISTERS": 208, "PRODUCER_REGISTERS": 88, "maxnreg": 168}
     if n < 8:
         return tile | {"BOX": 0}
@@ -256,12 +258,13 @@ def launch(
     heads = heads_at_once(mask, Sk, n, sub)
     for first in range(0, Hq, heads):
         part = mask[:, first : first + heads]
-        lists, keys, clean, tail_bias = column_lists.launch(part, Sk, n, sub, tail == "pooled", bias, padding)
+        alike = alike_slices.launch(part, sub) if config["ALIKE"] else None
+        lists, keys, clean, tail_bias = column_lists.launch(part, Sk, n, sub, tail == "pooled", bias, padding, alike)
         work = work_order.launch(keys, clean)
         items = work.shape[0] - 1
         _attention_fwd_hopper[(min(ctas, items),)](
             q, k, v, out, lse,
-            lists, work, bias, order, tail_k, tail_v, tail_bias, *descriptors,
+            lists, work, bias, order, alike, tail_k, tail_v, tail_bias, *descriptors,
             *q.stride()[:3], *k.stride()[:3], *v.stride()[:3], *out.stride()[:3],
             0 if bias is None else bias.stride(0),
             first, part.shape[1], Hq, Hkv, Hq // Hkv, Sq, T, X, G, blocks, items, scale * math.log2(math.e),

@@ -10,7 +10,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from fg_inductor.kernels.column_lists import ID_BITS
-from fg_inductor.kernels.hopper_work import count_tiles, load_work
+from fg_inductor.kernels.hopper_work import count_tiles, load_work, tokens_of
 
 LOG2_E = gl.constexpr(1.4426950408889634)
 
@@ -143,11 +143,11 @@ def consumer(
     wg: gl.constexpr, q_side, buffers, bars, tensors, sizes, out_strides, qk_scale,
     D: gl.constexpr, BLOCK_D: gl.constexpr, M: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, SUB: gl.constexpr, CONSUMERS: gl.constexpr, HAS_BIAS: gl.constexpr,
-    HAS_ORDER: gl.constexpr, TAIL: gl.constexpr, NEGATIVE: gl.constexpr, BOX: gl.constexpr,
+    HAS_ORDER: gl.constexpr, TAIL: gl.constexpr, NEGATIVE: gl.constexpr, BOX: gl.constexpr, ALIKE: gl.constexpr,
 ):  # fmt: skip
     """Warpgroup ``wg``: 64 queries of each tile, from the scores to out and lse."""
     q_bufs, q_full, q_empty, place_buf, place_full = q_side
-    work_ptr, lists_ptr, bias_ptr, tail_bias_ptr, order_ptr, out_ptr, lse_ptr = tensors
+    work_ptr, lists_ptr, bias_ptr, tail_bias_ptr, order_ptr, alike_ptr, out_ptr, lse_ptr = tensors
     first_head, heads, Hq, Sq, T, X, G, J, ITEMS, stride_bb = sizes
     stride_ob, stride_oh, stride_os = out_strides
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -204,18 +204,14 @@ def consumer(
         h, b = first_head + index // X % heads, index // X // heads
         first = index % X * (CONSUMERS * 64) + wg * 64
         row = first + gl.arange(0, 64, gl.SliceLayout(1, store))
-        token = row
-        if HAS_ORDER:
-            token = gl.load(order_ptr + row, mask=row < Sq, other=0)
+        token, inside = tokens_of(row, index // X, order_ptr, alike_ptr, Sq, T, M, HAS_ORDER, ALIKE)
         column = gl.arange(0, BLOCK_D, gl.SliceLayout(0, store))
         ptrs = out_ptr + b.to(gl.int64) * stride_ob + h.to(gl.int64) * stride_oh
         ptrs = ptrs + token.to(gl.int64)[:, None] * stride_os + column[None, :]
         out = gl.convert_layout(acc.to(dtype), store)
-        gl.store(ptrs, out, mask=(row < Sq)[:, None] & (column < D)[None, :])
+        gl.store(ptrs, out, mask=inside[:, None] & (column < D)[None, :])
         row = first + gl.arange(0, 64, rows)
-        token = row
-        if HAS_ORDER:
-            token = gl.load(order_ptr + row, mask=row < Sq, other=0)
-        gl.store(lse_ptr + (b.to(gl.int64) * Hq + h) * Sq + token, lse, mask=row < Sq)
+        token, inside = tokens_of(row, index // X, order_ptr, alike_ptr, Sq, T, M, HAS_ORDER, ALIKE)
+        gl.store(lse_ptr + (b.to(gl.int64) * Hq + h) * Sq + token, lse, mask=inside)
         i += 1
         place = _drawn(place_buf, place_full, i)

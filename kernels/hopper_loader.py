@@ -65,14 +65,15 @@ def _rows_of(list_ptr, j, keys, N: gl.constexpr, BLOCK_N: gl.constexpr, BOX: gl.
 @gluon.jit
 def loader(
     q_side, buffers, bars, tensors, qkv, sizes, strides, descriptors, WIDE: gl.constexpr, WARPS: gl.constexpr,
-    D: gl.constexpr, BLOCK_D: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr, STAGES: gl.constexpr,
-    SUB: gl.constexpr, CONSUMERS: gl.constexpr, HAS_ORDER: gl.constexpr, TAIL: gl.constexpr, BOX: gl.constexpr,
+    D: gl.constexpr, BLOCK_D: gl.constexpr, M: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr,
+    STAGES: gl.constexpr, SUB: gl.constexpr, CONSUMERS: gl.constexpr, HAS_ORDER: gl.constexpr, TAIL: gl.constexpr,
+    BOX: gl.constexpr, ALIKE: gl.constexpr,
 ):  # fmt: skip
     """The producer warp: every copy into shared memory."""
-    work_ptr, lists_ptr, _, order_ptr, _, _ = tensors
+    work_ptr, lists_ptr, _, order_ptr, alike_ptr, _, _ = tensors
     q_ptr, _, _ = qkv
     k_desc, v_desc, tail_k_desc, tail_v_desc = descriptors
-    first_head, heads, SHARE, _, Sq, X, G, J, ITEMS = sizes
+    first_head, heads, SHARE, _, Sq, T, X, G, J, ITEMS = sizes
     stride_qb, stride_qh, stride_qs, _ = strides
     k_bufs, v_bufs, bits_bufs = buffers
     k_full, k_empty, v_full, v_empty = bars
@@ -91,7 +92,10 @@ def loader(
 
         hand_over(q_side, i, place, WARPS)
         base = q_ptr + b.to(gl.int64) * stride_qb + h.to(gl.int64) * stride_qh
-        copy_queries(q_side, base, stride_qs, order_ptr, index % X, Sq, D, WIDE, HAS_ORDER, CONSUMERS, rows_layout)
+        copy_queries(
+            q_side, base, stride_qs, order_ptr, alike_ptr, index // X, index % X, Sq, T, D, M, WIDE,
+            HAS_ORDER, ALIKE, CONSUMERS, rows_layout,
+        )  # fmt: skip
 
         for j in range(listed):
             stage = tile % STAGES

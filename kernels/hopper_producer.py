@@ -6,7 +6,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
 from fg_inductor.kernels.column_lists import ID_BITS
-from fg_inductor.kernels.hopper_work import count_tiles, load_work
+from fg_inductor.kernels.hopper_work import count_tiles, load_work, tokens_of
 
 # Triton renamed it.
 copy_async = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
@@ -92,17 +92,14 @@ def hand_over(q_side, i, place, WARPS: gl.constexpr):
 
 @gluon.jit
 def copy_queries(
-    q_side, base, stride, order_ptr, x, Sq,
-    D: gl.constexpr, WIDE: gl.constexpr, HAS_ORDER: gl.constexpr, CONSUMERS: gl.constexpr, layout: gl.constexpr,
+    q_side, base, stride, order_ptr, alike_ptr, head, x, Sq, T, D: gl.constexpr, M: gl.constexpr, WIDE: gl.constexpr,
+    HAS_ORDER: gl.constexpr, ALIKE: gl.constexpr, CONSUMERS: gl.constexpr, layout: gl.constexpr,
 ):  # fmt: skip
     """Gather the queries of tile x of a head: 64 rows of query order for each consumer."""
     q_bufs, q_full, _, _, _ = q_side
     for wg in gl.static_range(CONSUMERS):
         row = x * (CONSUMERS * 64) + wg * 64 + gl.arange(0, 64, layout)
-        inside = row < Sq
-        token = row
-        if HAS_ORDER:
-            token = gl.load(order_ptr + row, mask=inside, other=0)
+        token, inside = tokens_of(row, head, order_ptr, alike_ptr, Sq, T, M, HAS_ORDER, ALIKE)
         _copy_rows(q_bufs.index(wg), base, token, stride, inside, D, WIDE, True)
     async_copy.mbarrier_arrive(q_full, increment_count=False)
 
@@ -112,12 +109,12 @@ def producer(
     q_side, buffers, bars, tensors, qkv, sizes, strides, k_strides, v_strides, WIDE: gl.constexpr, WARPS: gl.constexpr,
     D: gl.constexpr, BLOCK_D: gl.constexpr, M: gl.constexpr, N: gl.constexpr, BLOCK_N: gl.constexpr,
     STAGES: gl.constexpr, SUB: gl.constexpr, CONSUMERS: gl.constexpr, HAS_BIAS: gl.constexpr,
-    HAS_ORDER: gl.constexpr, TAIL: gl.constexpr, NEGATIVE: gl.constexpr,
+    HAS_ORDER: gl.constexpr, TAIL: gl.constexpr, NEGATIVE: gl.constexpr, ALIKE: gl.constexpr,
 ):  # fmt: skip
     """The producer warpgroup: every copy into shared memory."""
-    work_ptr, lists_ptr, bias_ptr, order_ptr, tail_k_ptr, tail_v_ptr = tensors
+    work_ptr, lists_ptr, bias_ptr, order_ptr, alike_ptr, tail_k_ptr, tail_v_ptr = tensors
     q_ptr, k_ptr, v_ptr = qkv
-    first_head, heads, SHARE, Hkv, Sq, X, G, J, ITEMS = sizes
+    first_head, heads, SHARE, Hkv, Sq, T, X, G, J, ITEMS = sizes
     stride_qb, stride_qh, stride_qs, stride_bb = strides
     stride_kb, stride_kh, stride_ks = k_strides
     stride_vb, stride_vh, stride_vs = v_strides
@@ -142,7 +139,10 @@ def producer(
 
         hand_over(q_side, i, place, WARPS)
         base = q_ptr + b * stride_qb + h.to(gl.int64) * stride_qh
-        copy_queries(q_side, base, stride_qs, order_ptr, index % X, Sq, D, WIDE, HAS_ORDER, CONSUMERS, rows)
+        copy_queries(
+            q_side, base, stride_qs, order_ptr, alike_ptr, index // X, index % X, Sq, T, D, M, WIDE,
+            HAS_ORDER, ALIKE, CONSUMERS, rows,
+        )  # fmt: skip
 
         # The tile to come: its list is at hand when the last keys of this one are under way.
         next_index, next_keys, next_clean = load_work(gl.minimum(follower, ITEMS - 1), work_ptr)

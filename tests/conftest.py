@@ -25,8 +25,8 @@ TRITON = importlib.util.find_spec("triton") is not None
 KERNEL_TESTS = [
     f"test_{name}.py"
     for name in (
-        "attention_backward", "attention_forward", "kept_density", "order_spread", "resources", "select_cut",
-        "select_pooled",
+        "alike_slices", "attention_backward", "attention_forward", "kept_density", "order_spread", "resources",
+        "select_cut", "select_pooled",
     )
 ]  # fmt: skip
 collect_ignore = [] if TRITON else KERNEL_TESTS

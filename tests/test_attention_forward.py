@@ -175,12 +175,18 @@ def test_heads_that_share_keys_by_a_stride_of_0(launch, device, poison):
 @pytest.mark.parametrize("n", [1, 8, 128])
 @pytest.mark.parametrize("keep", ["random", "full", "none", "single"])
 @pytest.mark.parametrize("sub", [1, 4])
-def test_column_lists(sub, keep, n, device, poison):
+@pytest.mark.parametrize("matched", [False, True])
+def test_column_lists(matched, sub, keep, n, device, poison):
     """Ascending ids of what any slice of a tile keeps, and which slices keep it; 18 slices are no multiple of 4."""
     case = Case(keep, m=16, n=n, queries=280, keys=2100 if n > 1 else 9000, keep=keep, density=0.02)
     groups = make_groups(case)
     mask = pack(groups, word_count(case.keys, n)).to(device)
-    lists, kept, clean, _ = column_lists.launch(mask, case.keys, n, sub)
+    alike = None
+    if matched:  # another permutation for each head
+        alike = torch.rand(groups.shape[:3], generator=torch.Generator().manual_seed(2)).argsort(-1)
+        groups = groups.take_along_dim(alike[..., None], 2)
+        alike = alike.to(device, torch.int32)
+    lists, kept, clean, _ = column_lists.launch(mask, case.keys, n, sub, alike=alike)
     assert torch.equal(kept, clean)
     tiles = torch.nn.functional.pad(groups, (0, 0, 0, -groups.shape[2] % sub)).unflatten(2, (-1, sub))
     size = torch.full((groups.shape[-1],), n)
@@ -190,6 +196,18 @@ def test_column_lists(sub, keep, n, device, poison):
         ids = tile.any(0).nonzero()[:, 0]
         bits = (tile[:, ids] << torch.arange(24, 24 + sub)[:, None]).sum(0) if sub > 1 else 0
         assert torch.equal(row[: len(ids)].long(), ids + bits)
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("n", [1, 8])
+def test_tail_of_matched_slices(n, bias, device, poison):
+    """What each slice dropped, in the order of the tiles: as without one, each at its new place."""
+    mask = pack(torch.rand(2, 2, 18, group_count(700, n)) < 0.4, word_count(700, n)).to(device)
+    alike = torch.rand(2, 2, 18).argsort(-1).to(device, torch.int32)
+    key_bias = torch.randn(2, 700, device=device) if bias else None
+    plain = column_lists.launch(mask, 700, n, 8, tail=True, bias=key_bias).tail_bias
+    moved = column_lists.launch(mask, 700, n, 8, tail=True, bias=key_bias, alike=alike).tail_bias
+    assert torch.equal(moved, plain.take_along_dim(alike.long()[..., None], 2))
 
 
 @pytest.mark.parametrize("padding", [True, False])

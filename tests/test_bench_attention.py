@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from fg_inductor.bench import attention
+from fg_inductor.bench import attention, tiles
 from fg_inductor.bench.common import PRESETS, Timing, measure, measure_graph, peak_bytes
 from fg_inductor.bench.masks import LISTS, make_mask
 from fg_inductor.kernels import ops
@@ -264,6 +264,8 @@ def test_inputs_of_a_model(calls, tmp_path):
     for row in rows:
         assert row["shape"] == [1, 2, 210, 64] and row["lists"] == "selected" and row["preset"] is None
         assert row["error"] < 0.01 and 0.35 < row["kept"] < 0.5
+    (row,) = attention.rows(attention.parse([*text.replace("64x1 64x8 16x8", "64x8").split(), "--no-order"]), "cpu")
+    assert row["error"] < 0.01 and "order_ms" not in row and 0.35 < row["kept"] < 0.5
     with pytest.raises(SystemExit, match="self-attention over the 200 tokens"):
         next(attention.rows(attention.parse(f"--qkv {file} --grid 5 5 8".split()), "cpu"))
 
@@ -366,4 +368,16 @@ def test_union_of_slices(rows, expected):
     keep = torch.zeros(2, 60, dtype=torch.bool)
     keep[0, :30] = keep[1, 30:] = True
     mask = pack(keep[rows], word_count(480, 8)).expand(1, 3, -1, -1)
-    assert attention.union_of(mask, 480, 8, 2) == pytest.approx(expected)
+    assert tiles.union_of(mask, 480, 8, 2) == pytest.approx(expected)
+    together = torch.tensor([0, 2, 1, 3, 4], dtype=torch.int32).expand(1, 3, -1)  # slices of one mask
+    assert tiles.union_of(mask, 480, 8, 2, together) == 1
+
+
+@pytest.mark.gpu
+def test_matched_slices(tmp_path):
+    """Slices of a tile, matched and as they are."""
+    file = tmp_path / "rows.json"
+    attention.main(f"--seq 3000 --heads 2 --dim 64 --slice 16x8 --kernel hopper --json {file}".split())
+    (row,) = json.loads(file.read_text())
+    assert 1 < row["union"] <= row["union_as_is"] < 8
+    assert 0 < row["alike_ms"] < row["matched_ms"] and row["as_is_ms"] > 0

@@ -7,11 +7,13 @@ BSHD storage, and as many sets of them take turns as fill the L2 cache twice. Th
 work is what counts: "kept" is the measured density, "TFLOP" the useful work of a call, "rate" the kept share of dense
 work over the share of cuDNN's time. Times are medians, JSON holds their 20th and 80th percentiles too. Errors are
 relative L2 against float64, over a few slices of the last head. "union" is what a tile of several slices computes over
-what they keep (1 would be slices that agree); random lists hardly agree, those of a model do (kernels/query_order.py).
+what they keep (1 would be slices that agree), "union_as_is" the same had they not been matched by their masks, and
+"matched_ms", "as_is_ms" the times of either, "alike_ms" that of matching alone, as CUDA graphs. Random lists hardly
+agree, those of a model do (kernels/query_order.py).
 
 --qkv FILE takes q, k and v of a model instead ([1, H, S, D], safetensors; examples/quality.py --qkv writes them), of a
 video of --grid tokens. Then the mask is the backend's own: queries in query order, groups selected by the default rule,
-and keys in that order too where N is not 1.
+and keys in that order too where N is not 1; with --no-order as for a model whose grid is not known.
 
 --phases adds what goes with it: "lists_ms" expands the mask to column lists (a part of "median_ms"), "tail_ms" is what
 the pooled tail adds, "together_ms" selects and attends, both launched from Python. "select_ms" is what making a mask
@@ -33,6 +35,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from fg_inductor.bench import tiles
 from fg_inductor.bench.common import (
     PRESETS,
     collect,
@@ -56,9 +59,9 @@ from fg_inductor.passes.selector import chooses_order, order_of_calls
 from fg_inductor.settings import Settings
 
 COLUMNS = [
-    "variant", "slice", "lists", "tail", "kept", "union", "tflop", "median_ms", "tflops", "ratio", "rate",
-    "lists_ms", "tail_ms", "order_ms", "select_ms", "select_share", "select_top_p_ms", "select_top_p_share",
-    "select_memory", "mask_memory", "together_ms", "error",
+    "variant", "slice", "lists", "tail", "kept", "union", "union_as_is", "tflop", "median_ms", "tflops", "ratio",
+    "rate", "matched_ms", "as_is_ms", "alike_ms", "lists_ms", "tail_ms", "order_ms", "select_ms", "select_share",
+    "select_top_p_ms", "select_top_p_share", "select_memory", "mask_memory", "together_ms", "error",
 ]  # fmt: skip
 DENSE = {"fa2": ("FlashAttention-2 dense", SDPBackend.FLASH_ATTENTION)}
 BASELINES = ("cudnn", *DENSE, "flex")
@@ -77,6 +80,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dim", type=int, choices=HEAD_DIMS)
     parser.add_argument("--qkv", metavar="FILE", help="safetensors with q, k and v, instead of sizes and --lists")
     parser.add_argument("--grid", nargs=3, type=positive, metavar=("T", "H", "W"), help="tokens of the video of --qkv")
+    parser.add_argument("--no-order", action="store_true", help="leave the tokens of --qkv in their order")
     parser.add_argument("--batch", type=positive, default=1)
     parser.add_argument("--dtype", choices=["bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--slice", nargs="+", type=mask_slice, default=[(128, 8)], metavar="MxN")
@@ -140,7 +144,7 @@ def rows(args: argparse.Namespace, device: str = "cuda") -> Iterator[dict]:
             yield row(_dense(inputs, backend), 1.0, variant=variant)
     for (m, n), density, lists in itertools.product(args.slice, args.density, args.lists):
         if args.qkv:
-            sparse, mask, order = _selected(inputs, args.grid, m, n, density)
+            sparse, mask, order = _selected(inputs, None if args.no_order else args.grid, m, n, density)
         else:
             sparse, order = inputs, None
             mask = make_mask(lists, args.batch, args.heads, args.seq, args.seq, m, n, density, device)
@@ -159,8 +163,8 @@ def rows(args: argparse.Namespace, device: str = "cuda") -> Iterator[dict]:
                 timing = _attention(sparse, call, kernel)
                 extra = phases | _phases(sparse, call, kernel, timing.median, density) if args.phases else {}
                 found = {"error": error(ops.attention(*sparse[0], *call, kernel)[0], *sparse[0], *call[:-1])}
-                if (slices := _slices_of_a_tile(args.dim, m, variant)) > 1:
-                    found["union"] = union_of(mask, args.seq, n, slices)
+                if (slices := tiles.slices_of_a_tile(args.dim, m, variant)) > 1:
+                    found |= tiles.matched(sparse, call, slices)
                 yield row(timing, kept, variant=variant, tail=tail, **what) | extra | found
 
 
@@ -187,8 +191,10 @@ def _of_a_model(args: argparse.Namespace, dtype: torch.dtype, device: str) -> In
     return [tuple(qkv), *(tuple(torch.clone(x) for x in qkv) for _ in range(count - 1))]
 
 
-def _selected(inputs: Inputs, grid: list[int], m: int, n: int, density: float) -> tuple[Inputs, Tensor, Tensor]:
+def _selected(inputs: Inputs, grid: list[int] | None, m: int, n: int, density: float) -> tuple:
     """What attention is given by the backend: q, k and v, keys in query order where n is not 1; mask; query order."""
+    if grid is None:
+        return inputs, select(*inputs[0][:2], None, m, n, density), None
     order = order_of_calls(_settings(m, n), tuple(grid), inputs[0][0].device)(inputs[0][0])
     if n > 1:
         inputs = [(q, *(ops.reorder(x, order) for x in (k, v))) for q, k, v in inputs]
@@ -253,7 +259,7 @@ def _selection(args, inputs, mask, m, n, density, dense) -> dict[str, float | No
     """What selecting such masks takes of the device, whatever attention follows; ``dense``: milliseconds, or None."""
     top_p, order = args.top_p, None
     found = {"top_p": top_p} if top_p else {}
-    if args.preset or args.grid:
+    if args.preset or (args.grid and not args.no_order):
         settings, grid = _settings(m, n), tuple(args.grid or PRESETS[args.preset]["grid"])
         order_of = order_of_calls(settings, grid, inputs[0][0].device, 0, args.seq - math.prod(grid))  # text at the end
         order = order_of(inputs[0][0])
@@ -286,35 +292,13 @@ def _phases(inputs: Inputs, call: tuple, kernel: str, attention_ms: float, densi
     return found | {"together_ms": _in_turns(inputs, together).median}
 
 
-def union_of(mask: Tensor, keys: int, n: int, slices: int) -> float:
-    """Pairs in the unions of ``slices`` slices in a row over the pairs that the slices keep."""
-    sizes = torch.full((group_count(mask.shape[2], slices),), slices, device=mask.device)
-    sizes[-1] -= -mask.shape[2] % slices
-    union = kept = torch.zeros((), dtype=torch.int64, device=mask.device)
-    for words in mask.flatten(0, 1):  # one head at a time: unpacked, those of a long video take gigabytes
-        keep = unpack(words, group_count(keys, n))
-        tiles = F.pad(keep, (0, 0, 0, -mask.shape[2] % slices)).unflatten(0, (-1, slices))
-        union = union + (tiles.any(1).sum(-1) * sizes).sum()
-        kept = kept + keep.sum()
-    return (union / kept).item()
-
-
-def _slices_of_a_tile(dim: int, m: int, kernel: str) -> int:
-    """Slices that share a list in a kernel."""
-    if kernel != "hopper":
-        return 1
-    from fg_inductor.kernels import attention_forward_hopper
-
-    return attention_forward_hopper.slices_of_a_tile(attention_forward_hopper.configuration(dim, m), m)
-
-
 def _lists_ms(mask: Tensor, keys: int, dim: int, m: int, n: int, kernel: str) -> float | None:
     """Column lists, and for "hopper" the order of work, as the kernel makes them; None on CPU, where there are none."""
     if mask.device.type == "cpu":
         return None
-    from fg_inductor.kernels import column_lists, work_order
+    from fg_inductor.kernels import alike_slices, column_lists, work_order
 
-    slices = _slices_of_a_tile(dim, m, kernel)
+    slices = tiles.slices_of_a_tile(dim, m, kernel)
     if kernel == "hopper":
         from fg_inductor.kernels import attention_forward_hopper as schedule
     else:
@@ -324,7 +308,8 @@ def _lists_ms(mask: Tensor, keys: int, dim: int, m: int, n: int, kernel: str) ->
 
     def make():
         for part in parts:
-            made = column_lists.launch(part, keys, n, slices)
+            alike = alike_slices.launch(part, slices) if slices > 1 else None
+            made = column_lists.launch(part, keys, n, slices, alike=alike)
             if kernel == "hopper":
                 work_order.launch(made.keys, made.clean)
 

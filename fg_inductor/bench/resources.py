@@ -20,6 +20,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from fg_inductor.bench.common import save, show
 from fg_inductor.kernels import (
+    alike_slices,
     attention_backward_hopper,
     attention_backward_keys,
     attention_backward_slices,
@@ -48,6 +49,7 @@ POINTERS = {
     "group_keys_ptr": "*fp32", "block_keys_ptr": "*fp32", "block_bias_ptr": "*fp32",
     "statistics_ptr": "*fp32", "dk_sum_ptr": "*fp32", "dv_sum_ptr": "*fp32", "dtail_k_ptr": "*fp32",
     "dtail_v_ptr": "*fp32", "slots_ptr": "*i32", "joined_ptr": "*fp32", "orders_ptr": "*i32",
+    "alike_ptr": "*i32", "slices_ptr": "*i32",
 }  # fmt: skip
 TUPLES = {"shares": ("fp32",) * 3}
 BOXES = {"k_desc": "BOX", "v_desc": "BOX", "tail_k_desc": "BLOCK_N", "tail_v_desc": "BLOCK_N"}
@@ -165,7 +167,7 @@ def hopper(m: int, n: int, d: int, *, bias=False, order=False, tail=False) -> di
     constants = dict(D=d, BLOCK_D=triton.next_power_of_2(d), M=m, N=n, WIDE=False, NEGATIVE=False, **config)
     boxes = config["BOX"] > 0
     constants |= _inputs(bias, order, tail) | _absent(k_desc=boxes, v_desc=boxes)
-    constants |= _absent(tail_k_desc=boxes and tail, tail_v_desc=boxes and tail)
+    constants |= _absent(tail_k_desc=boxes and tail, tail_v_desc=boxes and tail, alike_ptr=config["ALIKE"])
     flags = _words(bias=bias, order=order, tail=tail)
     kernel = attention_forward_hopper._attention_fwd_hopper
     return resources(kernel, f"{m}x{n} D {d}{flags}", constants, num_warps=4, maxnreg=registers)
@@ -253,15 +255,14 @@ def table() -> list[dict]:
     rows.append(backward_hopper(128, 64, 128, bias=True, order=True, tail=True, bulk=True))
     lists = dict(N=8, SUB=1, BLOCK=column_lists.BLOCK, BLOCK_W=128, SUMMARY=128, TAIL=False, HAS_BIAS=False)
     absent = dict.fromkeys(("clean_ptr", "mixed_ptr", "group_keys_ptr", "block_keys_ptr", "block_bias_ptr"))
-    rows.append(resources(column_lists._column_lists, "N 8", lists | absent | {"tail_bias_ptr": None}))
-    rows.append(resources(column_lists._column_lists, "N 1 tail", lists | absent | {"N": 1, "TAIL": True}))
-    rows.append(
-        resources(
-            column_lists._column_lists,
-            "N 8 of 8 slices tail",
-            lists | absent | {"SUB": 8, "BLOCK": column_lists.block_of(8), "TAIL": True},
-        )
-    )
+    alone = lists | absent | {"alike_ptr": None}
+    rows.append(resources(column_lists._column_lists, "N 8", alone | {"tail_bias_ptr": None}))
+    rows.append(resources(column_lists._column_lists, "N 1 tail", alone | {"N": 1, "TAIL": True}))
+    shared = lists | absent | {"SUB": 8, "BLOCK": column_lists.block_of(8), "TAIL": True}
+    rows.append(resources(column_lists._column_lists, "N 8 of 8 slices tail", shared))
+    filling = dict(SUB=8, STEP=1, WINDOW=alike_slices.WINDOW, WORDS=alike_slices.WORDS)
+    filling["COMPARED"] = alike_slices.COMPARED
+    rows.append(resources(alike_slices._alike_slices, "tiles of 8", filling, **alike_slices.OPTIONS))
     order = dict(BLOCK=work_order.BLOCK, BLOCK_H=16, BLOCK_X=256)
     rows.append(resources(work_order._work_order, "", order, num_warps=4))
     rows += [sampling(8, 128), sampling(1, 128)]
