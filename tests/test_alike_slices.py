@@ -21,13 +21,13 @@ def like_some(slices: int, groups: int, kinds: int, noise: float = 0.05) -> torc
 @pytest.mark.parametrize("sub", [4, 8])
 @pytest.mark.parametrize(
     ("slices", "groups"),
-    [(1, 5), (8, 300), (9, 300), (13, 40), (WINDOW, 100), (WINDOW + 1, 100), (2 * WINDOW + 27, 5000), (150, 13000)],
+    [(1, 5), (8, 300), (9, 300), (13, 40), (WINDOW, 100), (WINDOW + 1, 100), (2 * WINDOW + 27, 1000), (150, 5000)],
 )
 def test_kernel(slices, groups, sub, device, poison):
     """Windows that end in the middle of a tile, one tile and less, and masks of which some words are compared."""
     mask = pack(like_some(slices, groups, 5), word_count(groups, 1)).to(device)
     step = alike_slices.step_of(mask.shape[-1])
-    assert step > 1 or groups < 13000
+    assert (step > 1) == (groups == 5000)
     found = alike_slices.launch(mask, sub)
     assert found.dtype == torch.int32
     assert torch.equal(found, reference(mask, sub, WINDOW, step))
