@@ -4,11 +4,11 @@ import pytest
 import torch
 
 from fg_inductor.kernels import alike_slices
-from fg_inductor.kernels.mask import pack, unpack, word_count
+from fg_inductor.kernels.mask import pack, word_count
 from fg_inductor.kernels.reference_tiles import alike_slices as reference
 from fg_inductor.kernels.reference_tiles import union_size
 
-WINDOW = alike_slices.WINDOW
+WINDOW, LEAST = alike_slices.WINDOW, alike_slices.LEAST
 
 
 def like_some(slices: int, groups: int, kinds: int, noise: float = 0.05) -> torch.Tensor:
@@ -30,7 +30,7 @@ def test_kernel(slices, groups, sub, device, poison):
     assert (step > 1) == (groups == 5000)
     found = alike_slices.launch(mask, sub)
     assert found.dtype == torch.int32
-    assert torch.equal(found, reference(mask, sub, WINDOW, step))
+    assert torch.equal(found, reference(mask, sub, WINDOW, step, LEAST[sub]))
     assert torch.equal(found.sort(-1).values.cpu(), torch.arange(slices).expand(2, 2, -1).int())
     last = (slices - 1) // sub * sub
     assert torch.equal(found[..., last:].cpu(), torch.arange(last, slices).expand(2, 2, -1).int())
@@ -47,6 +47,26 @@ def test_slices_that_are_equal_stay(keep, device, poison):
     assert torch.equal(found.flatten().cpu(), torch.arange(40).int())
 
 
+@pytest.mark.parametrize(("sub", "common", "own"), [(4, 100, 20), (8, 155, 20)])
+def test_windows_that_agree_are_left_alone(sub, common, own, device, poison):
+    """Though there is something to gain: one window loads just as much as may be, the other, by one group, more."""
+    groups = torch.zeros(1, 1, 2 * WINDOW + 1, 400, dtype=torch.bool)
+    groups[..., :common] = True
+    for place in range(2 * WINDOW):
+        kind = place % sub
+        groups[..., place, common + kind * own : common + (kind + 1) * own] = True
+    groups[..., WINDOW, 399] = True
+    first = groups[0, 0, :WINDOW]
+    assert union_size(first, sub) * sub * 10 == LEAST[sub] * first.sum()
+    mask = pack(groups, word_count(400, 1))
+    found = alike_slices.launch(mask.to(device), sub)[0, 0].cpu()
+    assert torch.equal(found, reference(mask, sub, WINDOW, least=LEAST[sub])[0, 0])
+    assert torch.equal(found[:WINDOW], torch.arange(WINDOW).int())
+    second = groups[0, 0, WINDOW:-1]
+    moved = groups[0, 0, found[WINDOW:-1].long()]
+    assert union_size(moved, sub) < 0.7 * union_size(second, sub)
+
+
 def test_every_head_has_its_own(device):
     """Also of a mask of which some heads are taken, without a copy."""
     mask = pack(like_some(60, 500, 4), word_count(500, 1)).to(device)
@@ -55,9 +75,9 @@ def test_every_head_has_its_own(device):
     assert not torch.equal(found[0], found[1])
 
 
-@pytest.mark.parametrize("kinds", [2, 10])
+@pytest.mark.parametrize("kinds", [3, 10])
 def test_unions_are_smaller(kinds, device):
-    """Slices of a few kinds find each other: with 2 kinds hardly a tile holds both."""
+    """Slices of a few kinds find each other: with 3 kinds few tiles hold several."""
     groups = like_some(10 * WINDOW, 400, kinds, noise=0)
     mask = pack(groups, word_count(400, 1)).to(device)
     found = alike_slices.launch(mask, 8).long()
@@ -67,20 +87,20 @@ def test_unions_are_smaller(kinds, device):
             before = union_size(groups[b, h], 8)
             after = union_size(groups[b, h, found[b, h]], 8)
             assert after < 0.8 * before
-            if kinds == 2:
-                assert 8 * after < 1.1 * groups[b, h].sum()
+            if kinds == 3:
+                assert 8 * after < 1.2 * groups[b, h].sum()
 
 
-def test_a_window_that_would_lose_stays():
+def test_a_window_that_would_lose_stays(device, poison):
     """Greedy tiles are not always better than neighbours: pairs of chance then cost more than they bring."""
+    keep = torch.rand(1, 40, 33, 40, generator=torch.Generator().manual_seed(0)) < 0.15
+    keep[:, :, :16, :20] = False
+    keep[:, :, 16:32, 20:] = False
+    mask = pack(keep, word_count(40, 1))
+    found = alike_slices.launch(mask.to(device), 8).cpu()
+    assert torch.equal(found, reference(mask, 8, WINDOW, least=LEAST[8]))
     stayed = 0
-    for seed in range(40):
-        keep = torch.rand(1, 1, 33, 40, generator=torch.Generator().manual_seed(seed)) < 0.15
-        keep[..., :16, :20] = False
-        keep[..., 16:32, 20:] = False
-        found = reference(pack(keep, word_count(40, 1)), 8, WINDOW)
-        moved = keep[0, 0, found[0, 0].long()]
-        assert union_size(moved[:32], 8) <= union_size(keep[0, 0, :32], 8)
-        stayed += torch.equal(found[0, 0], torch.arange(33).int())
+    for groups, places in zip(keep[0], found[0].long(), strict=True):
+        assert union_size(groups[places][:32], 8) <= union_size(groups[:32], 8)
+        stayed += torch.equal(places, torch.arange(33))
     assert 0 < stayed < 40
-    assert torch.equal(unpack(pack(keep, word_count(40, 1)), 40), keep)

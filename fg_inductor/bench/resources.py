@@ -260,7 +260,7 @@ def table() -> list[dict]:
     rows.append(resources(column_lists._column_lists, "N 1 tail", alone | {"N": 1, "TAIL": True}))
     shared = lists | absent | {"SUB": 8, "BLOCK": column_lists.block_of(8), "TAIL": True}
     rows.append(resources(column_lists._column_lists, "N 8 of 8 slices tail", shared))
-    filling = dict(SUB=8, STEP=1, WINDOW=alike_slices.WINDOW, WORDS=alike_slices.WORDS)
+    filling = dict(SUB=8, STEP=1, LEAST=18, WINDOW=alike_slices.WINDOW, WORDS=alike_slices.WORDS)
     filling["COMPARED"] = alike_slices.COMPARED
     rows.append(resources(alike_slices._alike_slices, "tiles of 8", filling, **alike_slices.OPTIONS))
     order = dict(BLOCK=work_order.BLOCK, BLOCK_H=16, BLOCK_X=256)
