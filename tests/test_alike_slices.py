@@ -67,6 +67,17 @@ def test_windows_that_agree_are_left_alone(sub, common, own, device, poison):
     assert union_size(moved, sub) < 0.7 * union_size(second, sub)
 
 
+def test_of_a_long_mask_some_words_count(device, poison):
+    """Every STEP-th word says which slices are alike; all slices keep whatever the others hold."""
+    groups = like_some(65, 5000, 6)
+    words = word_count(5000, 1)
+    compared = torch.arange(5000) // 32 % alike_slices.step_of(words) == 0
+    mask = pack(groups | ~compared, words)
+    found = alike_slices.launch(mask.to(device), 8).cpu()
+    assert torch.equal(found, reference(mask, 8, WINDOW, alike_slices.step_of(words), LEAST[8]))
+    assert (found[..., :-1] != torch.arange(64)).any(-1).all()
+
+
 def test_every_head_has_its_own(device):
     """Also of a mask of which some heads are taken, without a copy."""
     mask = pack(like_some(60, 500, 4), word_count(500, 1)).to(device)
