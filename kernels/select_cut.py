@@ -41,7 +41,7 @@ from fg_inductor.kernels.select_cut_packed import (
     of_head,
     store,
 )
-from fg_inductor.kernels.select_scores import NARROW_SCALE
+from fg_inductor.kernels.select_scores import NARROW_SCALE, RANK_STEPS, RANK_TOP
 from fg_inductor.kernels.sizes import next_power_of_2
 
 MASKED = tl.constexpr(-1.0)
@@ -380,7 +380,7 @@ def launch(
     score: Tensor, mask: Tensor, first: int, heads: int, groups: int, m: int, n: int, queries: int, keys: int,
     order: Tensor | None, top_p: float | None, share: float | list[float], alpha: float | None, summed: int,
     masked: bool, dense_keys: list[int], dense_queries: list[int], refresh: Tensor | None = None,
-    first_slice: int = 0, slices: int | None = None,
+    first_slice: int = 0, slices: int | None = None, ranked: bool = False,
 ) -> None:  # fmt: skip
     """Write mask[:, first : first + heads] from the scores of these heads; or of ``slices`` slices alone.
 
@@ -390,6 +390,7 @@ def launch(
     summed  queries for each of the probabilities that a score is the sum of
     masked  whether a group may be masked, so that ``share`` is of those that are not
     refresh a bool scalar on the device, or None: where it is False the mask stays as it is
+    ranked  whether the scores are steps of their logarithms (``select_scores``); not with top_p or alpha
     """
     B, _, T, W = mask.shape
     T = T if slices is None else slices
@@ -406,9 +407,11 @@ def launch(
     )  # fmt: skip
     pointers = (score if wide else score.view(torch.int32), order, mask, refresh, *mask.stride()[:3])
     if count and not wide and top_p is None and alpha is None:
-        mean = 2.0**NARROW_SCALE * (m // summed) / groups
+        typical, reach = select_cut_packed.typical_bits(2.0**NARROW_SCALE * (m // summed) / groups), REACH.value
+        if ranked:
+            typical, reach = RANK_TOP - 3 * RANK_STEPS, reach * RANK_STEPS / 1024
         select_cut_packed._cut_packed[(T, B * heads)](
-            *pointers, *place, select_cut_packed.typical_bits(mean), _parts(tuple(shares)),
+            *pointers, *place, typical, reach, _parts(tuple(shares)),
             dense_keys, tuple(dense_queries), **flags, **select_cut_packed.configuration(W),
         )  # fmt: skip
         return

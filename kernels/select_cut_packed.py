@@ -191,7 +191,7 @@ def store(x, mask_ptr, first, W, high, low, ties):
 def _cut_packed(
     row_ptr, order_ptr, mask_ptr, refresh_ptr,
     stride_mb, stride_mh, stride_mt,
-    first_head, heads, first_slice, T, W, Sq, groups, limit, typical, shares, dense_keys, dense_queries,
+    first_head, heads, first_slice, T, W, Sq, groups, limit, typical, reach, shares, dense_keys, dense_queries,
     M: tl.constexpr, N: tl.constexpr, WORDS: tl.constexpr, REST: tl.constexpr, LOOP: tl.constexpr, BASE: tl.constexpr,
     HAS_BIAS: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_FORCED: tl.constexpr, HAS_DENSE: tl.constexpr,
     HAS_REFRESH: tl.constexpr, BY_HEAD: tl.constexpr,
@@ -228,7 +228,6 @@ def _cut_packed(
     at_low = odds(all_groups, all_groups, 0.5) - wanted
     at_high = odds(all_groups * 0.0, all_groups, 0.5) - wanted
     middle = typical
-    reach = REACH
     passes = 0
     side = 0
     while high - low > 1:

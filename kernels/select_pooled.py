@@ -3,9 +3,10 @@
     score[t, g] = sum over the means p of slice t of softmax_g(scale * mean_q[t, p] . mean_k[g] + bias[g])
     mask[t]     = the shortest prefix of the groups, best score first, that holds top_p of the mass, at most max_density
 
-Four launches: ``group_means`` of q and of k, the normalisers and the scores (``select_scores``, one more for the bias
-of groups where there is a key_bias), and the cut (``select_cut``); the last two again for each part of the heads whose
-scores fit the workspace. Nothing waits for the device. Meaning: ``reference_select.select_pooled``.
+Four launches: ``group_means`` of q and of k, the normalisers (unless the order of scores is all that counts) and the
+scores (``select_scores``, one more for the bias of groups where there is a key_bias), and the cut (``select_cut``); the
+last two again for each part of the heads whose scores fit the workspace. Nothing waits for the device. Meaning:
+``reference_select.select_pooled``.
 """
 
 import torch
@@ -39,7 +40,11 @@ def launch(
     T, G, W = slice_count(Sq, m), group_count(Sk, n), word_count(Sk, n)
     bias = group_means.bias_pointer(key_bias)
     mean_q, mean_k = group_means.launch_both(q, pool, T * P, order, None if n == 1 else k, n, G, key_bias, gamma, m)
-    scores = select_scores.Scores(mean_q, k if n == 1 else mean_k, bias, scale, n, Sk, group_count(Sq, pool), P)
+    if density is not None or alpha is not None or top_p == 1:
+        top_p = None
+    by_number = top_p is None and alpha is None
+    keys, means = k if n == 1 else mean_k, group_count(Sq, pool)
+    scores = select_scores.Scores(mean_q, keys, bias, scale, n, Sk, means, P, by_number)
     score = scores.workspace()
     mask = torch.empty(B, Hq, T, W, dtype=torch.int32, device=q.device)
     heads = score.shape[0] // B
@@ -48,8 +53,7 @@ def launch(
         scores.of_heads(first, part, score, reduce)
         select_cut.launch(
             score, mask, first, part, G, m, n, Sq, Sk, order,
-            top_p if density is None and alpha is None and top_p < 1 else None,
-            max_density if density is None else density, alpha, pool if reduce == "sum" else m,
-            bias is not None, dense_keys, dense_queries,
+            top_p, max_density if density is None else density, alpha, pool if reduce == "sum" else m,
+            bias is not None, dense_keys, dense_queries, ranked=scores.ranked,
         )  # fmt: skip
     return mask

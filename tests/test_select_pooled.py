@@ -22,6 +22,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32) if CUDA else (torch.floa
 HALF_ON_CPU = (
     "top-p", "density", "top-p-one", "peaked", "pool-8", "many-groups", "float-bias", "entry", "both-padding", "max",
     "alpha-bounded", "gamma", "gamma-pool-is-slice",
+    "ranked", "ranked-keys", "ranked-peaked", "ranked-padding", "ranked-float-bias", "ranked-by-head", "ranked-gamma",
 )  # fmt: skip
 
 
@@ -58,6 +59,14 @@ CASES = (
     Case("pool-above-slice", m=16, pool=16, queries=100),
     Case("pool-8", m=128, pool=8, queries=200),  # a ragged last mean, and means without a query
     Case("many-groups", n=1, keys=4500, queries=20, heads=1, kv_heads=1, m=16),  # more than one block of the selection
+    # One mean a slice, and groups by number: 16-bit inputs are ranked by logarithms of their scores.
+    Case("ranked", m=32, pool=32, density=0.3, keys=1100),
+    Case("ranked-keys", m=128, pool=128, n=1, density=0.25, queries=300, keys=200, heads=4, kv_heads=2, ordered=True),
+    Case("ranked-peaked", m=64, pool=64, n=1, max_density=0.4, top_p=1.0, spread=30.0),
+    Case("ranked-padding", m=64, pool=64, n=1, batch=2, keys=420, bias="padding", density=0.3),
+    Case("ranked-float-bias", m=32, pool=32, bias="float", n=16, keys=2300, density=0.3),
+    Case("ranked-by-head", m=32, pool=32, heads=4, kv_heads=2, density=(0.02, 0.5, 1.0, 0.3), dense_keys=(37, 60)),
+    Case("ranked-gamma", m=32, pool=32, n=32, gamma=0.18, density=0.3),
     Case("gqa", heads=4, kv_heads=2),
     Case("batch-ordered", batch=2, ordered=True, dim=96),
     Case("padding", batch=2, keys=420, bias="padding"),  # masked groups, one straddled
@@ -102,7 +111,7 @@ def arguments(case: Case, dtype, device):
     return (q, k, bias, order, case.dim**-0.5, case.m, case.n, case.pool), selection
 
 
-def score_error(scoring, exact):
+def score_error(scoring, exact, ranked):
     """Largest error of the scores when means and products are rounded to the dtype of q, as plain PyTorch would."""
     q, k, *rest = scoring
     *head, m, n, pool = rest
@@ -118,8 +127,10 @@ def score_error(scoring, exact):
     exact_k = exact_k.repeat_interleave(q.shape[1] // k.shape[1], 1)
     shift = (logits - torch.einsum("bhtpd,bhgd->bhtpg", exact_q, exact_k) * head[2]).abs().max().item()
     # A logit off by x moves a probability by at most the factor exp(2x): its own, and the normaliser's. The scores
-    # of 16-bit inputs are float16, times 2048.
+    # of 16-bit inputs are float16, times 2048; or steps of 2^-8 octaves.
     rounding, smallest = (8 * torch.finfo(acc).eps, 0.0) if q.dtype == acc else (2.0**-11, 2.0**-36)
+    if ranked and q.dtype != acc:
+        rounding, smallest = 2 ** (2.0**-9) - 1, 0.0
     return exact * (torch.tensor(2 * shift).exp().item() - 1 + rounding) + smallest
 
 
@@ -137,7 +148,8 @@ def check(case: Case, dtype, device):
     assert unknown.any() == (case.gamma is not None) and not unknown.all(), "the gate must hold back some, and not all"
     assert (keep | ~unknown).all(), "a group without a score was dropped"
     score = score.nan_to_num(torch.inf)
-    budget = 2 * score_error(scoring, score)
+    ranked = case.pool >= case.m and case.alpha is None and (case.density is not None or case.top_p == 1)
+    budget = 2 * score_error(scoring, score, ranked)
     differ = assert_differs_at_the_cut_only(keep, exact_keep, score, budget)
     if dtype == torch.float32:  # whose errors are far below the gaps between these scores
         assert not differ.any(), f"{differ.sum()} groups differ"
@@ -238,3 +250,49 @@ def test_not_finite_scores_are_kept(value, reduce, device, poison):
     keep = unpack(select_pooled.launch(q, k, *rest, *selection), 150)
     assert keep[0, 1, 1].sum() > 0 and not keep[0, 1, 0].all()
     assert value == torch.inf or keep[0, 1, 1].all()
+
+
+# One mean a slice and groups by number: scores of 16-bit inputs are steps of their logarithms.
+
+
+@pytest.mark.parametrize("rise", [1.0, -1.0], ids=["rising", "falling"])
+def test_ranked_far_from_some_groups(rise, device, poison):
+    """The pivot is of groups from all over the row: those at its beginning may lie hundreds of octaves away."""
+    q, k, _ = make_qkv(1, 1, 1, 128, 600, 64, device=device)
+    q = q.abs() + 0.5
+    k = 0.3 * k + (torch.arange(600, device=device) // 150)[:, None] * rise * 12
+    q, k = q.half(), k.half()
+    scoring, selection = (q, k, None, None, 0.125, 64, 1, 64), (0.9, 0.2, 1.0, [], [])
+    keep = unpack(select_pooled.launch(*scoring, *selection), 600)
+    exact = (q.double(), k.double(), *scoring[2:])
+    expected = unpack(reference_select.select_pooled(*exact, *selection), 600)
+    score, _ = reference_select.pooled_scores(*exact)
+    logits = torch.einsum("bhqd,bhkd->bhqk", reference_select.pool_queries(q.float(), 64, 64)[0][:, :, :, 0], k.float())
+    assert logits.amax() - logits.amin() > 300 / 0.125
+    assert_differs_at_the_cut_only(keep, expected, score, 2 * score_error(scoring, score, True))
+    assert torch.equal(keep.sum(-1), expected.sum(-1))
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf], ids=str)
+def test_ranked_and_not_finite(value, device, poison):
+    """NaN is kept beyond the density, the score +inf before all others, -inf last; no other slice or head changes."""
+    case = replace(CASES[1], m=64, pool=64, n=1, keys=150, density=0.1)
+    (q, k, *rest), selection = arguments(case, torch.float16, device)
+    q[..., 3] = torch.where(torch.arange(150, device=device) < 64, 0.5, -0.5)  # so that slices see both signs
+    before = unpack(select_pooled.launch(q, k, *rest, *selection), 150)
+    k[0, 0, 77, 3] = value
+    keep = unpack(select_pooled.launch(q, k, *rest, *selection), 150)
+    assert torch.equal(keep[0, 1], before[0, 1])
+    kept = torch.tensor([value != -torch.inf, value != torch.inf, value != torch.inf], device=device)
+    assert torch.equal(keep[0, 0, :, 77], kept)
+    assert keep.sum(-1).eq(15).all()
+    q[0, 1, 70, 5] = torch.nan
+    keep = unpack(select_pooled.launch(q, k, *rest, *selection), 150)
+    assert keep[0, 1, 1].all() and torch.equal(keep[0, 1, 0], before[0, 1, 0])
+
+
+def test_ranked_and_equal(device):
+    q, k, _ = make_qkv(1, 1, 1, 64, 200, 64, device=device, dtype=torch.float16)
+    k = k[:, :, :1].expand(-1, -1, 200, -1).contiguous()
+    mask = select_pooled.launch(q, k, None, None, 0.125, 64, 1, 64, 0.9, 0.35, 1.0, [], [])
+    assert unpack(mask, 200)[0, 0, 0].nonzero()[:, 0].tolist() == list(range(70))

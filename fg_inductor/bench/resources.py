@@ -53,7 +53,7 @@ POINTERS = {
 }  # fmt: skip
 TUPLES = {"shares": ("fp32",) * 3}
 BOXES = {"k_desc": "BOX", "v_desc": "BOX", "tail_k_desc": "BLOCK_N", "tail_v_desc": "BLOCK_N"}
-FLOATS = ("margin", "scale", "qk_scale", "last_bias", "top_p", "alpha", "gamma", "bound")
+FLOATS = ("margin", "scale", "qk_scale", "last_bias", "top_p", "alpha", "gamma", "bound", "reach")
 
 
 def compile_for_hopper(kernel, constants: dict, **options):
@@ -283,9 +283,10 @@ def table() -> list[dict]:
     rows.append(resources(select_scores._row_lse, "D 128", scoring | config, **options))
     config = select_scores.scores_configuration(torch.bfloat16, 128)
     options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
-    for p, reduce in ((8, ""), (1, ""), (8, " max")):
-        constants = scoring | config | dict(P=p, SPLITS=2, WIDE=False, MAX=bool(reduce))
-        rows.append(resources(select_scores._scores, f"D 128 P {p}{reduce}", constants, **options))
+    for p, name in ((8, ""), (1, ""), (8, " max"), (1, " ranked")):
+        constants = scoring | config | dict(P=p, SPLITS=2, WIDE=False, MAX=name == " max", RANKED=name == " ranked")
+        constants |= _absent(lse_ptr=name != " ranked")
+        rows.append(resources(select_scores._scores, f"D 128 P {p}{name}", constants, **options))
     choice = dict(M=128, N=8, HAS_BIAS=False, HAS_ORDER=False, HAS_FORCED=False, HAS_DENSE=False)
     choice |= dict(order_ptr=None, dense_keys=(), dense_queries=(), refresh_ptr=None, HAS_REFRESH=False, BY_HEAD=False)
     for groups in (4095, 32_760, 75_600):
