@@ -280,8 +280,10 @@ def row_lse_configuration(dtype: torch.dtype, d: int) -> dict:
     return {"BLOCK_R": 64, "BLOCK_G": 128, "num_warps": 4, "num_stages": 3}
 
 
-def scores_configuration(dtype: torch.dtype, d: int) -> dict:
+def scores_configuration(dtype: torch.dtype, d: int, p: int) -> dict:
     """Tile of ``_scores``; BLOCK_R holds the means of whole slices, BLOCK_G divides the 128 groups of four words."""
+    if p == 1 and dtype != torch.float32 and d <= 128:  # each score is stored: fewer registers, more programs an SM
+        return {"BLOCK_R": 64, "BLOCK_G": 64, "num_warps": 4, "num_stages": 2}
     if dtype == torch.float32 or d > 128:
         return {"BLOCK_R": 64, "BLOCK_G": 32, "num_warps": 4, "num_stages": 2}
     return {"BLOCK_R": 128, "BLOCK_G": 64, "num_warps": 4, "num_stages": 2}
@@ -343,7 +345,7 @@ class Scores:
     def of_heads(self, first: int, heads: int, score: Tensor, reduce: str = "sum") -> None:
         """Scores of the query heads first .. first + heads - 1 of each entry; ``reduce`` joins the means of a slice."""
         B, D = self.q.shape[0], self.q.shape[3]
-        config = scores_configuration(self.q.dtype, D)
+        config = scores_configuration(self.q.dtype, D, self.p)
         slices = config["BLOCK_R"] // self.p
         programs = cdiv(self.T, slices) * B * heads
         blocks = _blocks(programs, self.row, config["BLOCK_G"], self.row)

@@ -192,7 +192,7 @@ def test_rows_in_parts(case, device, poison, monkeypatch):
     """Programs that share the groups of a row: normalisers of parts are joined, and each part is scored."""
     small = {"BLOCK_R": 64, "BLOCK_G": 16, "num_warps": 4, "num_stages": 2}
     monkeypatch.setattr(select_scores, "row_lse_configuration", lambda dtype, d: small)
-    monkeypatch.setattr(select_scores, "scores_configuration", lambda dtype, d: small)
+    monkeypatch.setattr(select_scores, "scores_configuration", lambda dtype, d, p: small)
     case = replace(case, n=1, queries=70, heads=1, kv_heads=1)
     check(case, torch.float32, device)
     blocks = select_scores._blocks(1, case.keys, 16, select_scores.MAX_SPLITS)

@@ -281,7 +281,7 @@ def table() -> list[dict]:
     config = select_scores.row_lse_configuration(torch.bfloat16, 128)
     options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
     rows.append(resources(select_scores._row_lse, "D 128", scoring | config, **options))
-    config = select_scores.scores_configuration(torch.bfloat16, 128)
+    config = select_scores.scores_configuration(torch.bfloat16, 128, 8)
     options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
     for p, name in ((8, ""), (1, ""), (8, " max"), (1, " ranked")):
         constants = scoring | config | dict(P=p, SPLITS=2, WIDE=False, MAX=name == " max", RANKED=name == " ranked")
