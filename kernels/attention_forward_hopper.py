@@ -8,7 +8,7 @@ work       [B * H * X + 1, 4] int32: the tiles in the order they are begun, and 
                               last row counts those that were drawn
 bias       [B, Sk]           float32, -inf where a key is masked, or None
 order      [Sq]              int32: row i of query order is token order[i]; out and lse are in token order; or None
-alike      [B, H, T]         int32, M < 64: the slices in the order in which they fill tiles (``alike_slices``), or None
+alike      [B, H, T]         int32: the slices in the order in which they fill tiles (``alike_slices``), or None
 tail_k, v  [B, Hkv, J, D]    summaries of the 128-key blocks, tail_bias [B, H, T, J] (base 2; -inf: none dropped)
 lse        [B, Hq, Sq]       float32, natural log
 Grid       as many CTAs as the GPU holds at once; each draws its tiles, two ahead
@@ -24,8 +24,8 @@ that hold a masked key; the tiles of the pooled tail follow in the same softmax.
 
 Where a slice is smaller than a tile (M = 32 and 16), the list is the union of what the tile's slices keep, every entry
 carries one bit for each slice above its id, and each row masks what its own slice did not keep: exact for every slice.
-``query_order`` sees to it that slices near each other agree on most of their keys, and of those ``alike_slices`` puts
-the ones that agree best into one tile.
+``query_order`` sees to it that such slices agree on most of their keys; where there is none, ``alike_slices`` finds
+those that do.
 
 Meaning: ``reference.attention``. Numbers: ``python -m fg_inductor bench attention``.
 """
@@ -177,10 +177,10 @@ def configuration(d: int, m: int, n: int = 1) -> dict:
     The registers are those of a thread of the second consumer and of the producer; the first consumer has the rest.
     """
     if m == 64:  # two CTAs share a multiprocessor
-        tile = {"CONSUMERS": 1, "BLOCK_N": 64, "STAGES": 2, "PRODUCER_WARPS": 4, "ALIKE": False}
+        tile = {"CONSUMERS": 1, "BLOCK_N": 64, "STAGES": 2, "PRODUCER_WARPS": 4}
         tile |= {"CONSUMER_REGISTERS": 0, "PRODUCER_REGISTERS": 48, "maxnreg": 128}
     else:
-        tile = {"CONSUMERS": 2, "BLOCK_N": 128, "STAGES": 2 if d > 64 else 3, "PRODUCER_WARPS": 4, "ALIKE": m < 64}
+        tile = {"CONSUMERS": 2, "BLOCK_N": 128, "STAGES": 2 if d > 64 else 3, "PRODUCER_WARPS": 4}
         tile |= {"CONSUMER_REGISTERS": 208, "PRODUCER_REGISTERS": 88, "maxnreg": 168}
     if n < 8:
         return tile | {"BOX": 0}
@@ -247,7 +247,8 @@ def launch(
     G = group_count(Sk, n)
     out, lse, bias, padding, blocks, tail_k, tail_v = prepare(q, k, v, key_bias, tail)
     wide = max(q.stride(2) * Sq, k.stride(2) * Sk, v.stride(2) * Sk) >= 1 << 31
-    config = configuration(D, m, n if bias is None and loadable(k) and loadable(v) else 1) | {"WIDE": wide} | override
+    config = configuration(D, m, n if bias is None and loadable(k) and loadable(v) else 1)
+    config |= {"WIDE": wide, "ALIKE": m < 64 and order is None} | override
     descriptors = (None,) * 4
     if config["BOX"]:
         rows = (config["BOX"], config["BOX"], config["BLOCK_N"], config["BLOCK_N"])

@@ -9,14 +9,13 @@ from torch import Tensor
 from fg_inductor.kernels.mask import unpack
 
 
-def alike_slices(mask: Tensor, sub: int, window: int, step: int = 1, least: int = 10) -> Tensor:
+def alike_slices(mask: Tensor, sub: int, window: int, step: int = 1) -> Tensor:
     """int32 [B, H, T]: the slice at each place, so that every ``sub`` places in a row are a tile of like slices.
 
     mask    int32 [B, H, T, W]
     window  neighbours among which like ones are sought, a multiple of ``sub``
     step    the distance of two slices is the number of groups that one of them keeps and the other does not (XOR), in
             every ``step``-th word of the mask
-    least   tenths: a window stays as it is unless its tiles load more than this times what each of their slices keeps
 
     The first slice of a window that has no tile yet begins one. The next is the one nearest to all that are in it so
     """
@@ -28,8 +27,6 @@ def alike_slices(mask: Tensor, sub: int, window: int, step: int = 1, least: int 
         for h in range(heads):
             for first in range(0, moved, window):
                 keep = unpack(words[b, h, first : min(first + window, moved)], 32 * words.shape[-1])
-                if union_size(keep, sub) * sub * 10 <= least * keep.sum().item():
-                    continue
                 order = _in_tiles(torch.cdist(keep.float(), keep.float(), p=1).round(), sub)
                 if union_size(keep[order], sub) < union_size(keep, sub):
                     found[b, h, first : first + len(keep)] = first + order

@@ -379,5 +379,5 @@ def test_matched_slices(tmp_path):
     file = tmp_path / "rows.json"
     attention.main(f"--seq 3000 --heads 2 --dim 64 --slice 16x8 --kernel hopper --json {file}".split())
     (row,) = json.loads(file.read_text())
-    assert 1 < row["union"] <= row["union_as_is"] < 8
+    assert 1 < row["union"] == row["union_matched"] <= row["union_as_is"] < 8
     assert 0 < row["alike_ms"] < row["matched_ms"] and row["as_is_ms"] > 0

@@ -7,9 +7,10 @@ BSHD storage, and as many sets of them take turns as fill the L2 cache twice. Th
 work is what counts: "kept" is the measured density, "TFLOP" the useful work of a call, "rate" the kept share of dense
 work over the share of cuDNN's time. Times are medians, JSON holds their 20th and 80th percentiles too. Errors are
 relative L2 against float64, over a few slices of the last head. "union" is what a tile of several slices computes over
-what they keep (1 would be slices that agree), "union_as_is" the same had they not been matched by their masks, and
-"matched_ms", "as_is_ms" the times of either, "alike_ms" that of matching alone, as CUDA graphs. Random lists hardly
-agree, those of a model do (kernels/query_order.py).
+what they keep (1 would be slices that agree); random lists hardly agree, those of a model do (kernels/query_order.py).
+"union_as_is" and "union_matched" are what it is for the slices as they are and matched by their masks, which a call
+does that has no query order (kernels/alike_slices.py); "as_is_ms" and "matched_ms" are the times, and "alike_ms" that
+of matching alone, as CUDA graphs.
 
 --qkv FILE takes q, k and v of a model instead ([1, H, S, D], safetensors; examples/quality.py --qkv writes them), of a
 video of --grid tokens. Then the mask is the backend's own: queries in query order, groups selected by the default rule,
@@ -59,9 +60,9 @@ from fg_inductor.passes.selector import chooses_order, order_of_calls
 from fg_inductor.settings import Settings
 
 COLUMNS = [
-    "variant", "slice", "lists", "tail", "kept", "union", "union_as_is", "tflop", "median_ms", "tflops", "ratio",
-    "rate", "matched_ms", "as_is_ms", "alike_ms", "lists_ms", "tail_ms", "order_ms", "select_ms", "select_share",
-    "select_top_p_ms", "select_top_p_share", "select_memory", "mask_memory", "together_ms", "error",
+    "variant", "slice", "lists", "tail", "kept", "union", "union_as_is", "union_matched", "tflop", "median_ms",
+    "tflops", "ratio", "rate", "as_is_ms", "matched_ms", "alike_ms", "lists_ms", "tail_ms", "order_ms", "select_ms",
+    "select_share", "select_top_p_ms", "select_top_p_share", "select_memory", "mask_memory", "together_ms", "error",
 ]  # fmt: skip
 DENSE = {"fa2": ("FlashAttention-2 dense", SDPBackend.FLASH_ATTENTION)}
 BASELINES = ("cudnn", *DENSE, "flex")
@@ -279,7 +280,13 @@ def _phases(inputs: Inputs, call: tuple, kernel: str, attention_ms: float, densi
     mask, bias, order, scale, m, n, tail, min_seq = call
     found = {
         "lists_ms": _lists_ms(
-            mask, inputs[0][1].shape[2], inputs[0][0].shape[3], m, n, ops.attention_kernel(*inputs[0], *call, kernel)
+            mask,
+            order,
+            inputs[0][1].shape[2],
+            inputs[0][0].shape[3],
+            m,
+            n,
+            ops.attention_kernel(*inputs[0], *call, kernel),
         ),
     }
     if tail != "none":
@@ -292,7 +299,7 @@ def _phases(inputs: Inputs, call: tuple, kernel: str, attention_ms: float, densi
     return found | {"together_ms": _in_turns(inputs, together).median}
 
 
-def _lists_ms(mask: Tensor, keys: int, dim: int, m: int, n: int, kernel: str) -> float | None:
+def _lists_ms(mask: Tensor, order: Tensor | None, keys: int, dim: int, m: int, n: int, kernel: str) -> float | None:
     """Column lists, and for "hopper" the order of work, as the kernel makes them; None on CPU, where there are none."""
     if mask.device.type == "cpu":
         return None
@@ -308,7 +315,7 @@ def _lists_ms(mask: Tensor, keys: int, dim: int, m: int, n: int, kernel: str) ->
 
     def make():
         for part in parts:
-            alike = alike_slices.launch(part, slices) if slices > 1 else None
+            alike = alike_slices.launch(part, slices) if slices > 1 and order is None else None
             made = column_lists.launch(part, keys, n, slices, alike=alike)
             if kernel == "hopper":
                 work_order.launch(made.keys, made.clean)

@@ -165,9 +165,10 @@ def hopper(m: int, n: int, d: int, *, bias=False, order=False, tail=False) -> di
     config = attention_forward_hopper.configuration(d, m, 1 if bias else n)
     registers = config.pop("maxnreg")
     constants = dict(D=d, BLOCK_D=triton.next_power_of_2(d), M=m, N=n, WIDE=False, NEGATIVE=False, **config)
-    boxes = config["BOX"] > 0
+    boxes, alike = config["BOX"] > 0, m < 64 and not order
+    constants["ALIKE"] = alike
     constants |= _inputs(bias, order, tail) | _absent(k_desc=boxes, v_desc=boxes)
-    constants |= _absent(tail_k_desc=boxes and tail, tail_v_desc=boxes and tail, alike_ptr=config["ALIKE"])
+    constants |= _absent(tail_k_desc=boxes and tail, tail_v_desc=boxes and tail, alike_ptr=alike)
     flags = _words(bias=bias, order=order, tail=tail)
     kernel = attention_forward_hopper._attention_fwd_hopper
     return resources(kernel, f"{m}x{n} D {d}{flags}", constants, num_warps=4, maxnreg=registers)
@@ -260,7 +261,7 @@ def table() -> list[dict]:
     rows.append(resources(column_lists._column_lists, "N 1 tail", alone | {"N": 1, "TAIL": True}))
     shared = lists | absent | {"SUB": 8, "BLOCK": column_lists.block_of(8), "TAIL": True}
     rows.append(resources(column_lists._column_lists, "N 8 of 8 slices tail", shared))
-    filling = dict(SUB=8, STEP=1, LEAST=18, WINDOW=alike_slices.WINDOW, WORDS=alike_slices.WORDS)
+    filling = dict(SUB=8, STEP=1, WINDOW=alike_slices.WINDOW, WORDS=alike_slices.WORDS)
     filling["COMPARED"] = alike_slices.COMPARED
     rows.append(resources(alike_slices._alike_slices, "tiles of 8", filling, **alike_slices.OPTIONS))
     order = dict(BLOCK=work_order.BLOCK, BLOCK_H=16, BLOCK_X=256)

@@ -41,19 +41,20 @@ def union_of(mask: Tensor, keys: int, n: int, slices: int, alike: Tensor | None 
 def matched(inputs: list[tuple], call: tuple, slices: int) -> dict[str, float]:
     """Unions and times of ``call`` of Hopper's kernel with slices matched by their masks, and as they are.
 
-    Times are of CUDA graphs: "alike_ms" is what the matching takes, a part of "matched_ms".
+    "union" is that of the call itself. Times are of CUDA graphs: "alike_ms" is what the matching takes, a part of
+    "matched_ms".
     """
     from fg_inductor.kernels import alike_slices, attention_forward_hopper
 
-    mask, n, keys = call[0], call[5], inputs[0][1].shape[2]
-    found = {"union": union_of(mask, keys, n, slices, alike_slices.launch(mask, slices))}
-    found["union_as_is"] = union_of(mask, keys, n, slices)
+    mask, order, n, keys = call[0], call[2], call[5], inputs[0][1].shape[2]
+    found = {"union_as_is": union_of(mask, keys, n, slices)}
+    found["union_matched"] = union_of(mask, keys, n, slices, alike_slices.launch(mask, slices))
+    found["union"] = found["union_matched" if order is None else "union_as_is"]
 
     def timed(run: Callable[..., object]) -> float:
         return measure_graph([lambda qkv=qkv: run(*qkv) for qkv in inputs], CALLS).median
 
-    launch = attention_forward_hopper.launch
-    found["matched_ms"] = timed(lambda q, k, v: launch(q, k, v, *call[:-1]))
-    found["as_is_ms"] = timed(lambda q, k, v: launch(q, k, v, *call[:-1], ALIKE=False))
+    for name, alike in (("as_is_ms", False), ("matched_ms", True)):
+        found[name] = timed(lambda *qkv, alike=alike: attention_forward_hopper.launch(*qkv, *call[:-1], ALIKE=alike))
     found["alike_ms"] = timed(lambda *_: alike_slices.launch(mask, slices))
     return found
