@@ -41,7 +41,7 @@ from fg_inductor.kernels.select_cut_packed import (
     of_head,
     store,
 )
-from fg_inductor.kernels.select_scores import NARROW_SCALE, RANK_STEPS, RANK_TOP
+from fg_inductor.kernels.select_scores import NARROW_SCALE, RANK_PIVOT, RANK_STEPS
 from fg_inductor.kernels.sizes import next_power_of_2
 
 MASKED = tl.constexpr(-1.0)
@@ -409,7 +409,7 @@ def launch(
     if count and not wide and top_p is None and alpha is None:
         typical, reach = select_cut_packed.typical_bits(2.0**NARROW_SCALE * (m // summed) / groups), REACH.value
         if ranked:
-            typical, reach = RANK_TOP - 3 * RANK_STEPS, reach * RANK_STEPS / 1024
+            typical, reach = RANK_PIVOT, reach * RANK_STEPS / 1024
         select_cut_packed._cut_packed[(T, B * heads)](
             *pointers, *place, typical, reach, _parts(tuple(shares)),
             dense_keys, tuple(dense_queries), **flags, **select_cut_packed.configuration(W),

@@ -42,9 +42,12 @@ def launch(
     mean_q, mean_k = group_means.launch_both(q, pool, T * P, order, None if n == 1 else k, n, G, key_bias, gamma, m)
     if density is not None or alpha is not None or top_p == 1:
         top_p = None
-    by_number = top_p is None and alpha is None
+    shares = max_density if density is None else density
+    usual = sum(shares) / len(shares) if isinstance(shares, list) else shares
     keys, means = k if n == 1 else mean_k, group_count(Sq, pool)
-    scores = select_scores.Scores(mean_q, keys, bias, scale, n, Sk, means, P, by_number)
+    scores = select_scores.Scores(
+        mean_q, keys, bias, scale, n, Sk, means, P, usual if top_p is None and alpha is None else None
+    )
     score = scores.workspace()
     mask = torch.empty(B, Hq, T, W, dtype=torch.int32, device=q.device)
     heads = score.shape[0] // B
@@ -53,7 +56,7 @@ def launch(
         scores.of_heads(first, part, score, reduce)
         select_cut.launch(
             score, mask, first, part, G, m, n, Sq, Sk, order,
-            top_p, max_density if density is None else density, alpha, pool if reduce == "sum" else m,
+            top_p, shares, alpha, pool if reduce == "sum" else m,
             bias is not None, dense_keys, dense_queries, ranked=scores.ranked,
         )  # fmt: skip
     return mask

@@ -12,8 +12,9 @@ Scores are float32 for float32 inputs, else 2048 * score in float16 (a score is 
 its rounding, 2^-11 from scores of 2^-25 up, lies below the error of products in the dtype of q.
 
 Where a slice has one mean and groups are kept by number alone, their order is all that counts, and a logarithm will do:
-scores are then steps of 2^-8 octaves above a pivot, the best of 64 groups all over the row, at RANK_TOP (which leaves
-22 octaves above it and 102 below). Their rounding, 0.3%, is less than that of a logit in the dtype of q. That saves:
+scores are then steps of 2^-8 octaves about a pivot, 62 octaves above and below, whose rounding, 0.3%, is less than that
+of a logit in the dtype of q. The pivot is the cut among 64 groups from all over the row, so that the search for the cut
+begins near its end. That saves the first of:
 
 Two passes over the products, because a score needs the normaliser of its row first. Each costs 2 R G D FLOP and R G
 exponentials a head: at 128x8 with pool 16, 1/(2 * 16 * 8) = 0.4% of dense attention's FLOPs, and at 12 heads x 32,760
@@ -41,9 +42,9 @@ PROGRAMS = 1024  # enough to fill a GPU several times over
 LOG2_E = math.log2(math.e)
 NARROW = tl.constexpr(float(NARROW_SCALE))
 RANK_STEPS = 256  # of a ranked score in an octave
-RANK_TOP = 26_112  # what the best of the sampled groups has
+RANK_PIVOT = 15_872  # the ranked score of the pivot
 RANK_SCALE = tl.constexpr(float(RANK_STEPS))
-RANK_PIVOT = tl.constexpr(RANK_TOP / RANK_STEPS)  # octaves
+RANK_OCTAVES = tl.constexpr(RANK_PIVOT / RANK_STEPS)  # below the pivot
 RANK_MOST = tl.constexpr(31_743.0)  # as float16 the largest finite number
 SAMPLED = tl.constexpr(64)  # groups
 
@@ -177,16 +178,26 @@ def larger(a, b):
 
 @triton.jit
 def _pivot(
-    q, k_ptr, bias_ptr, qk_scale, stride_ks, G, last_bias,
+    q, k_ptr, bias_ptr, qk_scale, stride_ks, G, last_bias, density,
     D: tl.constexpr, BLOCK_D: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, SAMPLED: tl.constexpr,
 ):  # fmt: skip
-    """The largest finite logit, in base 2, of each column of q among groups from all over the row; 0 without one."""
+    """For each column of q what about a share ``density`` of the logits (base 2) is above, of groups from all over the
+    row. Any number will do that is the same for all groups of a row."""
     group = tl.minimum(tl.arange(0, SAMPLED) * tl.cdiv(G, SAMPLED), G - 1)
     k = _load_rows(k_ptr, group.to(tl.int64), stride_ks, G, D, BLOCK_D, True)
     x = tl.dot(k, q, input_precision=PRECISION) * qk_scale
     x += _load_bias(bias_ptr, group, G, last_bias, HAS_BIAS)[:, None]
-    top = tl.max(tl.where(tl.abs(x) < float("inf"), x, float("-inf")), 0)
-    return tl.where(top == float("-inf"), 0.0, top)
+    finite = tl.abs(x) < float("inf")
+    low = tl.min(tl.where(finite, x, float("inf")), 0)
+    high = tl.max(tl.where(finite, x, float("-inf")), 0)
+    low = tl.minimum(low, high)
+    wanted = tl.sum(finite.to(tl.float32), 0) * density
+    for _ in range(8):
+        middle = (low + high) * 0.5
+        above = tl.sum((finite & (x > middle[None, :])).to(tl.float32), 0)
+        low = tl.where(above > wanted, middle, low)
+        high = tl.where(above > wanted, high, middle)
+    return tl.where(tl.abs(high) < float("inf"), high, 0.0)
 
 
 @triton.jit
@@ -223,7 +234,7 @@ def _score_block(
 def _scores(
     q_ptr, k_ptr, bias_ptr, lse_ptr, score_ptr,
     stride_kb, stride_kh, stride_ks, stride_bb, stride_st, stride_split,
-    first_head, heads, Hq, SHARE, R, T, G, means, blocks, qk_scale, last_bias,
+    first_head, heads, Hq, SHARE, R, T, G, means, blocks, qk_scale, last_bias, density,
     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_G: tl.constexpr, P: tl.constexpr,
     SPLITS: tl.constexpr, HAS_BIAS: tl.constexpr, PRECISION: tl.constexpr, WIDE: tl.constexpr, MAX: tl.constexpr,
     RANKED: tl.constexpr,
@@ -241,8 +252,11 @@ def _scores(
     if HAS_BIAS:
         bias_ptr += b * stride_bb
     if RANKED:
-        lse = _pivot(q, k_ptr, bias_ptr, qk_scale, stride_ks, G, last_bias, D, BLOCK_D, HAS_BIAS, PRECISION, SAMPLED)
-        lse -= RANK_PIVOT
+        lse = _pivot(
+            q, k_ptr, bias_ptr, qk_scale, stride_ks, G, last_bias, density,
+            D, BLOCK_D, HAS_BIAS, PRECISION, SAMPLED,
+        )  # fmt: skip
+        lse -= RANK_OCTAVES
     else:
         lse_ptr += bh * R + row
         lse = tl.load(lse_ptr)
@@ -283,7 +297,7 @@ def row_lse_configuration(dtype: torch.dtype, d: int) -> dict:
 def scores_configuration(dtype: torch.dtype, d: int, p: int) -> dict:
     """Tile of ``_scores``; BLOCK_R holds the means of whole slices, BLOCK_G divides the 128 groups of four words."""
     if p == 1 and dtype != torch.float32 and d <= 128:  # each score is stored: fewer registers, more programs an SM
-        return {"BLOCK_R": 64, "BLOCK_G": 64, "num_warps": 4, "num_stages": 2}
+        return {"BLOCK_R": 64, "BLOCK_G": 64, "num_warps": 4, "num_stages": 2, "maxnreg": 128}
     if dtype == torch.float32 or d > 128:
         return {"BLOCK_R": 64, "BLOCK_G": 32, "num_warps": 4, "num_stages": 2}
     return {"BLOCK_R": 128, "BLOCK_G": 64, "num_warps": 4, "num_stages": 2}
@@ -300,10 +314,10 @@ class Scores:
 
     def __init__(
         self, mean_q: Tensor, mean_k: Tensor, key_bias, scale: float, n: int, keys: int, means: int, p: int,
-        by_number: bool = False,
+        density: float | None = None,
     ):  # fmt: skip
         """mean_q, mean_k: above; key_bias: ``group_means.bias_pointer``; means: pooled queries that hold a query;
-        by_number: whether nothing but the order of the scores of a slice counts."""
+        density: where groups are kept by number alone, about how many, as a share."""
         self.q, self.k, self.p, self.means = mean_q, mean_k, p, means
         B, self.Hq, self.R, D = mean_q.shape
         self.share, self.G = self.Hq // mean_k.shape[1], mean_k.shape[2]
@@ -321,8 +335,8 @@ class Scores:
         self.numbers = (scale * LOG2_E, math.log2((keys - (self.G - 1) * n) / n))
         self.flags = dict(D=D, BLOCK_D=next_power_of_2(D), HAS_BIAS=self.bias is not None)
         self.flags["PRECISION"] = "ieee" if mean_q.dtype == torch.float32 else "tf32"
-        self.ranked = by_number and p == 1 and self.dtype == torch.float16
-        self.lse = None
+        self.ranked = density is not None and p == 1 and self.dtype == torch.float16
+        self.lse, self.density = None, density or 0.0
         if self.ranked:
             return
         config = row_lse_configuration(mean_q.dtype, D)
@@ -352,7 +366,7 @@ class Scores:
         splits, stride = (1, 0) if self.ranked else (self.lse.shape[0], self.lse.stride(0))
         _scores[(cdiv(self.T, slices), cdiv(self.row, blocks * config["BLOCK_G"]), B * heads)](
             self.q, self.k, self.bias, self.lse, score, *self.strides, self.row, stride,
-            first, heads, self.Hq, self.share, self.R, self.T, self.G, self.means, blocks, *self.numbers,
+            first, heads, self.Hq, self.share, self.R, self.T, self.G, self.means, blocks, *self.numbers, self.density,
             **self.flags, P=self.p, MAX=reduce == "max", SPLITS=splits,
             WIDE=self.dtype == torch.float32, RANKED=self.ranked, **config,
         )  # fmt: skip

@@ -53,7 +53,7 @@ POINTERS = {
 }  # fmt: skip
 TUPLES = {"shares": ("fp32",) * 3}
 BOXES = {"k_desc": "BOX", "v_desc": "BOX", "tail_k_desc": "BLOCK_N", "tail_v_desc": "BLOCK_N"}
-FLOATS = ("margin", "scale", "qk_scale", "last_bias", "top_p", "alpha", "gamma", "bound", "reach")
+FLOATS = ("margin", "scale", "qk_scale", "last_bias", "top_p", "alpha", "gamma", "bound", "reach", "density")
 
 
 def compile_for_hopper(kernel, constants: dict, **options):
@@ -282,9 +282,9 @@ def table() -> list[dict]:
     config = select_scores.row_lse_configuration(torch.bfloat16, 128)
     options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
     rows.append(resources(select_scores._row_lse, "D 128", scoring | config, **options))
-    config = select_scores.scores_configuration(torch.bfloat16, 128, 8)
-    options = {name: config.pop(name) for name in ("num_warps", "num_stages")}
     for p, name in ((8, ""), (1, ""), (8, " max"), (1, " ranked")):
+        config = select_scores.scores_configuration(torch.bfloat16, 128, p)
+        options = {name: config.pop(name) for name in ("num_warps", "num_stages", "maxnreg") if name in config}
         constants = scoring | config | dict(P=p, SPLITS=2, WIDE=False, MAX=name == " max", RANKED=name == " ranked")
         constants |= _absent(lse_ptr=name != " ranked")
         rows.append(resources(select_scores._scores, f"D 128 P {p}{name}", constants, **options))
