@@ -296,11 +296,13 @@ def main() -> None:
 
 
 def save_attention_inputs(args) -> None:
-    """One layer's q, k and v, for ``python -m fg_inductor bench attention`` and ``bench peers``."""
+    """The q, k and v of a layer, or of several, for ``python -m fg_inductor bench attention`` and ``bench peers``."""
     model = load_model(args.weights, args.device).requires_grad_(False)
     inputs, grid = attention_inputs(model, text_of(args.source[0], model, args.device), args)
-    save_file({name: x.contiguous() for name, x in zip("qkv", inputs[args.layer], strict=True)}, args.qkv)
-    print(f"{args.qkv}: layer {args.layer} of {len(inputs)}; --qkv {args.qkv} --grid {' '.join(map(str, grid))}")
+    qkv = [torch.cat(heads, 1).contiguous() for heads in zip(*(inputs[layer] for layer in args.layer), strict=True)]
+    save_file(dict(zip("qkv", qkv, strict=True)), args.qkv)
+    layers = " ".join(map(str, args.layer))
+    print(f"{args.qkv}: layer {layers} of {len(inputs)}; --qkv {args.qkv} --grid {' '.join(map(str, grid))}")
 
 
 def measured(args) -> dict:
@@ -349,7 +351,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--level", type=float, default=0.6, help="noise level at which layers are compared")
     parser.add_argument("--plot", nargs="+", metavar="FILE", help="put OUT.json files together instead of sampling")
     parser.add_argument("--qkv", metavar="FILE", help="write q, k and v of --layer there, at noise --level, and stop")
-    parser.add_argument("--layer", type=int, default=1)
+    parser.add_argument("--layer", type=int, nargs="+", default=[1], help="of --qkv; heads of several are put together")
     parser.add_argument("--out", default="fgattn_quality", help="OUT.json and OUT.png")
     return parser.parse_args()
 

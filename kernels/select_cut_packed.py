@@ -11,10 +11,11 @@ the guard is set where a score is the cut or more. A pass costs 7 instructions f
 shift, mask; one addition of three terms) and 75 to 90 for the sum over warps, its barrier and the step: 314 a warp at 8
 warps and 32,760 groups. Forced groups (NaN, ``dense_keys``) are the largest integers, masked ones never count, so
 nothing is known of the row before the search but where it begins: at the mean of the scores, whose sum is the number of
-query means. It goes on as in ``select_cut``, 5 to 7 passes (lognormal rows of sigma 0.3 to 3, densities 0.02 to 0.8)
-where shares of the count need 9.6, and stops where exactly ``limit`` are held. All is integers: the way the search goes
-does not change the mask. A thread holds 64 pairs, within 128 registers: two programs of 8 warps share an SM at 32,760
-groups. Meaning: ``reference_select.best_groups``; resources: ``python -m fg_inductor bench resources``.
+query means, or at the pivot of ranked ones. It goes on as in ``select_cut``, 5 to 7 passes (lognormal rows of sigma 0.3
+to 3, densities 0.02 to 0.8) where shares of the count need 9.6, and stops where exactly ``limit`` are held. All is
+integers: the way the search goes does not change the mask. A thread holds 64 pairs, within 128 registers: two programs
+of 8 warps share an SM at 32,760 groups. Meaning: ``reference_select.best_groups``; resources: ``python -m fg_inductor
+bench resources``.
 """
 
 import functools

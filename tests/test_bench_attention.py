@@ -265,6 +265,7 @@ def test_inputs_of_a_model(calls, tmp_path):
         assert row["shape"] == [1, 2, 210, 64] and row["lists"] == "selected" and row["preset"] is None
         assert row["error"] < 0.01 and 0.35 < row["kept"] < 0.5
     (row,) = attention.rows(attention.parse([*text.replace("64x1 64x8 16x8", "64x8").split(), "--no-order"]), "cpu")
+    assert [r["order"] for r in (*rows, row)] == ["query order"] * 3 + ["order of the tokens"]
     assert row["error"] < 0.01 and "order_ms" not in row and 0.35 < row["kept"] < 0.5
     with pytest.raises(SystemExit, match="self-attention over the 200 tokens"):
         next(attention.rows(attention.parse(f"--qkv {file} --grid 5 5 8".split()), "cpu"))

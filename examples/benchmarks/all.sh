@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Measure again what README and docs/benchmarks.md report, on the GPU at hand: JSON files into results/.
 #
-#     examples/benchmarks/all.sh [OUT] PART...      parts: attention selection training step models quality observed peers cost
+#     examples/benchmarks/all.sh [OUT] PART...      parts: attention selection matched training step models quality observed peers cost
 #
-# MINI=FILE names the weights of a larger model for the parts "quality" and "observed"; without it they take the model that
-# comes with the examples. Nothing else should run on the card beside the timed parts. Then: tables.py.
+# MINI=FILE names the weights of a larger model for the parts "matched", "quality", "observed" and "peers"; without it they
+# take the model that comes with the examples. Nothing else should run on the card beside the timed parts. Then: tables.py.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 OUT=examples/benchmarks/results
@@ -56,16 +56,25 @@ observed() {
   drawn quality_state_tiny --steps 16 --dense-first 0.1875 "${fewer[@]}"
   mini quality_state_mini --steps 20 "${fewer[@]}" "observed, 4 heads a mask" "observed, 128x64"
 }
-peers() {
-  bench peers --density 0.1 0.3 --json "$OUT/peers.json" --png examples/assets/peers.png
-  # and on q, k and v of a trained model
-  local qkv frames=16 side=192
+# On q, k and v of layers of a trained model: trained LAYERS -- COMMAND..., which is given --qkv and --grid.
+trained() {
+  local qkv layers=() frames=16 side=192
+  while [[ $1 != -- ]]; do layers+=("$1"); shift; done
   qkv=$(mktemp --suffix .safetensors)
   if [[ ${MINI:-} ]]; then frames=17 side=256; fi
-  python -P examples/quality.py ${MINI:+--weights "$MINI"} --frames $frames --side $side --layer 1 --qkv "$qkv"
-  bench peers --density 0.1 0.2 0.3 --qkv "$qkv" --grid $frames $((side / 8)) $((side / 8)) --order \
-    --json "$OUT/peers_trained.json"
+  python -P examples/quality.py ${MINI:+--weights "$MINI"} --frames $frames --side $side --layer "${layers[@]}" \
+    --qkv "$qkv"
+  "${@:2}" --qkv "$qkv" --grid $frames $((side / 8)) $((side / 8))
   rm "$qkv"
+}
+matched() {
+  local small=(--slice 16x16 16x8 16x1 32x16 32x1 --density 0.1 0.3 --kernel hopper)
+  trained 1 2 3 -- bench attention "${small[@]}" --json "$OUT/attention_matched_slices.json"
+  trained 1 2 3 -- bench attention "${small[@]}" --no-order --json "$OUT/attention_matched_slices_no_order.json"
+}
+peers() {
+  bench peers --density 0.1 0.3 --json "$OUT/peers.json" --png examples/assets/peers.png
+  trained 1 -- bench peers --density 0.1 0.2 0.3 --order --json "$OUT/peers_trained.json"
 }
 cost() {
   bench cost --anew --json "$OUT/cost.json"
@@ -73,7 +82,7 @@ cost() {
 
 for part in "$@"; do
   case $part in
-    attention | selection | training | step | models | quality | observed | peers | cost) "$part" ;;
+    attention | selection | matched | training | step | models | quality | observed | peers | cost) "$part" ;;
     *) echo "all.sh: there is no part named $part"; exit 2 ;;
   esac
 done

@@ -29,6 +29,8 @@ LABELS = {
     "slice": "M x N", "psnr_db": "PSNR, dB", "lists_ms": "lists, ms", "select_ms": "selection, ms",
     "select_share": "selection of dense", "cut_ms": "cut, ms", "scores_ms": "scores, ms",
     "normaliser_ms": "normaliser, ms", "means_ms": "means, ms", "top_p": "top-p",
+    "union_as_is": "union as it is", "union_matched": "union, matched", "as_is_ms": "as it is, ms",
+    "matched_ms": "matched, ms", "alike_ms": "matching, ms",
     "select_top_p_ms": "top-p selection, ms", "order_ms": "order, ms",
     "select_top_p_share": "top-p selection of dense", "select_memory": "selection's memory of q, k, v",
     "mask_memory": "mask of q, k, v",

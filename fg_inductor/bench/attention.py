@@ -151,6 +151,8 @@ def rows(args: argparse.Namespace, device: str = "cuda") -> Iterator[dict]:
             mask = make_mask(lists, args.batch, args.heads, args.seq, args.seq, m, n, density, device)
         kept = ops.kept_density(mask, None, args.seq, args.seq, m, n).item()
         what = {"slice": f"{m}x{n}", "lists": lists, "density": density}
+        if args.qkv:
+            what["order"] = "order of the tokens" if args.no_order else "query order"
         if "flex" in args.baselines and m == 128 and n in (64, 128):
             timing, out = _flex(inputs, mask, n)
             found = {"error": error(out, *inputs[0], mask, None, None, args.dim**-0.5, m, n, "none")}
