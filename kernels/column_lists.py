@@ -27,21 +27,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fg_inductor.kernels.bits import popcount
 from fg_inductor.kernels.mask import group_count, pack
 from fg_inductor.kernels.reference import SUMMARY, group_statistics
 from fg_inductor.kernels.sizes import cdiv, next_power_of_2
 
 BLOCK = 4096
 ID_BITS = tl.constexpr(24)  # of a list entry; above them, one bit for each slice of the tile
-
-
-@triton.jit
-def popcount(x):
-    x = x.to(tl.uint32, bitcast=True)
-    x = x - ((x >> 1) & 0x55555555)
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    return ((x * 0x01010101) >> 24).to(tl.int32)
 
 
 @triton.jit

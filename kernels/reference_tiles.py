@@ -18,6 +18,8 @@ def alike_slices(mask: Tensor, sub: int, window: int, step: int = 1) -> Tensor:
             every ``step``-th word of the mask
 
     The first slice of a window that has no tile yet begins one. The next is the one nearest to all that are in it so
+    far (the sum of the distances), of equals the first. A window stays as it is unless this makes the unions of what
+    its tiles keep smaller, in the same words. The slices of the last tile, which may not be full, stay.
     """
     batch, heads, slices, _ = mask.shape
     moved = (slices - 1) // sub * sub

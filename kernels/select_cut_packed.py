@@ -24,6 +24,7 @@ import struct
 import triton
 import triton.language as tl
 
+from fg_inductor.kernels.bits import popcount
 from fg_inductor.kernels.sizes import next_power_of_2
 
 MASKED_PAIR = tl.constexpr(-0x43FF4400)  # 0xBC00BC00, two float16 of -1
@@ -67,15 +68,6 @@ def of_head(shares, h):
         middle = tl.where(h == i, shares[3 * i + 1], middle)
         low = tl.where(h == i, shares[3 * i + 2], low)
     return tl.full([], high, tl.float64) + tl.full([], middle, tl.float64) + tl.full([], low, tl.float64)
-
-
-@triton.jit
-def popcount(x):
-    """Bits of each int32 that are set."""
-    x = x - ((x >> 1) & 0x55555555)
-    x = (x & 0x33333333) + ((x >> 2) & 0x33333333)
-    x = (x + (x >> 4)) & 0x0F0F0F0F
-    return ((x * 0x01010101) >> 24) & 0xFF
 
 
 @triton.jit
