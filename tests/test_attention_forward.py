@@ -2,6 +2,7 @@
 there is no GPU, the one for Hopper on a Hopper GPU only."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -105,6 +106,7 @@ def test_heads_in_chunks(launch, device, poison, monkeypatch):
     case = next(c for c in CASES if c.id == "ordered-batch-2")
     monkeypatch.setattr(attention_forward, "LIST_BYTES", 1)
     check(launch, case, dtype_of(launch), device)
+    check(launch, replace(case, m=16, ordered=False, tail="pooled"), dtype_of(launch), device)  # matched, head by head
 
 
 def test_offsets_beyond_32_bits(device, monkeypatch):
