@@ -137,7 +137,7 @@ def benchmarks() -> list[str]:
     """The modules of ``fg_inductor.bench`` that are benchmarks: all but what they share."""
     return sorted(
         {module.name for module in pkgutil.iter_modules(bench.__path__)}
-        - {"architectures", "common", "masks", "peer_kernels"}
+        - {"architectures", "common", "masks", "peer_kernels", "tiles"}
     )
 
 

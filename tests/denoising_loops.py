@@ -41,14 +41,17 @@ def compile_blocks(model, options):
     return model
 
 
-def denoise(models, length=128, batch=1, steps=STEPS, branches=2, after=lambda i: None, mark=None, known=False):
+def denoise(
+    models, length=128, batch=1, steps=STEPS, branches=2, after=lambda i: None, mark=None, known=False,
+    dtype=torch.float32,
+):  # fmt: skip
     """A loop with guidance, always the same; the second half of the steps may have another model.
 
     Anything but the first call of a model in a branch must run without a compilation, and with ``known`` all of them.
     """
     generator = torch.Generator().manual_seed(3)
-    texts = [torch.randn(batch, 1, 128, generator=generator) for _ in range(branches)]
-    x, results = torch.randn(batch, length, 128, generator=generator), []
+    texts = [torch.randn(batch, 1, 128, generator=generator).to(dtype) for _ in range(branches)]
+    x, results = torch.randn(batch, length, 128, generator=generator).to(dtype), []
     for i in range(steps):
         model = models[i * len(models) // steps]
         noise = 0
@@ -65,17 +68,29 @@ def denoise(models, length=128, batch=1, steps=STEPS, branches=2, after=lambda i
     return torch.stack(results)
 
 
+def rounding(models, **loop):
+    """By how much float32 errs in each step of the loop with dense attention, at most: [steps]."""
+    exact = denoise([copy.deepcopy(model).double() for model in models], dtype=torch.float64, **loop)
+    return (denoise(models, **loop) - exact).abs().flatten(1).amax(1)
+
+
 def compare(compiled, exact, options, **loop):
-    """The compiled models give what the schedule gives in eager mode. Returns the number of masks observed there."""
+    """The compiled models give what the schedule gives in eager mode. Returns the number of masks observed there.
+
+    Both round, each step builds on the one before, and a group that differs costs a thousand times the budget.
+    """
     settings = Settings.parse(options)
     branches, steps = loop.get("branches", 2), loop.get("steps", STEPS)
+    plain = {k: v for k, v in loop.items() if k in ("length", "batch", "steps", "branches")}
+    budget = 4 * rounding(exact, **plain)
     with EagerSchedule(*exact, settings=settings, steps=steps, branches=branches) as eager:
-        expected = denoise(exact, **{k: v for k, v in loop.items() if k in ("length", "batch", "steps", "branches")})
+        expected = denoise(exact, **plain)
     pipe = compiled[0] if len(compiled) == 1 else Pair(compiled)
     with fg_inductor.denoising(pipe, steps=steps) as run:
         after = loop.pop("after", lambda i: None)
         actual = denoise(compiled, after=lambda i: (run.step(), after(i)), **loop)
-    torch.testing.assert_close(actual, expected)
+    wrong = (actual - expected).abs().flatten(1).amax(1)
+    assert (wrong <= budget).all(), f"by step off by {wrong.tolist()}, budget {budget.tolist()}"
     return eager.refreshes
 
 
