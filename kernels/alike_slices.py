@@ -1,4 +1,4 @@
-"""Slices of like masks share a tile (portable Triton): for attention of M < 64, whose tiles load what any slice keeps.
+"""Slices of like masks share a tile (Triton): for Hopper's attention of M < 64, whose tiles load what any slice keeps.
 
     slices[t'] = the slice at place t' of a head; the SUB slices of a tile follow each other
 

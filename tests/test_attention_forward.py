@@ -1,6 +1,7 @@
 """The attention kernels against float64: one table of cases for both; the portable one in Triton's interpreter where
 there is no GPU, the one for Hopper on a Hopper GPU only."""
 
+import functools
 import itertools
 from dataclasses import replace
 
@@ -24,10 +25,10 @@ def portable(*arguments):
     return attention_forward.launch(*arguments)
 
 
-def hopper(*arguments):
+def hopper(*arguments, **override):
     from fg_inductor.kernels import attention_forward_hopper
 
-    return attention_forward_hopper.launch(*arguments)
+    return attention_forward_hopper.launch(*arguments, **override)
 
 
 needs_hopper = [
@@ -59,6 +60,14 @@ def check(launch, case: Case, dtype: torch.dtype, device: str) -> None:
 @pytest.mark.parametrize(("launch", "case", "dtype"), of_both(CASES, DTYPES))
 def test_cases(launch, case, dtype, device, poison):
     check(launch, case, dtype, device)
+
+
+@pytest.mark.parametrize("launch", [KERNELS[1]])
+@pytest.mark.parametrize("matched", [False, True])
+@pytest.mark.parametrize("case", [c for c in CASES if c.m < 64 and c.dim <= 128], ids=str)
+def test_matched_or_not(case, matched, launch, device, poison):
+    """Which slices share a tile is no matter of the result, with a query order or without."""
+    check(functools.partial(launch, ALIKE=matched), case, torch.bfloat16, device)
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.id in ("dim-128", "tail-n8", "ordered")], ids=str)

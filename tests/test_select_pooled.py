@@ -291,6 +291,18 @@ def test_ranked_and_not_finite(value, device, poison):
     assert keep[0, 1, 1].all() and torch.equal(keep[0, 1, 0], before[0, 1, 0])
 
 
+@pytest.mark.parametrize("p", [1, 8])
+def test_options_of_other_cards(p, monkeypatch):
+    """Triton refuses an option that the card's compiler doesn't know, and maxnreg is NVIDIA's."""
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    for dtype in (torch.bfloat16, torch.float32):
+        for config in (
+            select_scores.scores_configuration(dtype, 128, p),
+            select_scores.row_lse_configuration(dtype, 128),
+        ):
+            assert config.keys() == {"BLOCK_R", "BLOCK_G", "num_warps", "num_stages"}
+
+
 def test_ranked_and_equal(device):
     q, k, _ = make_qkv(1, 1, 1, 64, 200, 64, device=device, dtype=torch.float16)
     k = k[:, :, :1].expand(-1, -1, 200, -1).contiguous()
